@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -84,22 +85,13 @@ func (t *tree) broken(from, link string) string {
 		to = path.Join(path.Dir(from), target)
 	}
 	content, isFile := t.files[to]
-	if !isFile && !t.hasFolder(to) {
+	if !isFile && !slices.Contains(t.folders, to) {
 		return "the link " + link + " leads to " + to + ", which does not exist"
 	}
 	if heading != "" && path.Ext(to) == ".md" && !hasHeading(content, heading) {
 		return "the link " + link + " leads to a heading that " + to + " does not have"
 	}
 	return ""
-}
-
-func (t *tree) hasFolder(name string) bool {
-	for _, f := range t.folders {
-		if f == name {
-			return true
-		}
-	}
-	return false
 }
 
 func hasHeading(content []byte, anchor string) bool {
