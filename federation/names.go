@@ -15,8 +15,13 @@ import (
 // etcd keys, so only ParseClusterID makes one from outside input.
 type ClusterID string
 
-// ParseClusterID checks s against the rule for cluster names.
+// ParseClusterID checks s against the rule for cluster names. The name
+// "controller" is reserved: it is the origin of operators' policies, and a
+// member of that name would write in its place.
 func ParseClusterID(s string) (ClusterID, error) {
+	if s == OriginController {
+		return "", fmt.Errorf("cluster name %q: the name is reserved, choose another", s)
+	}
 	labels := strings.Split(s, ".")
 	if len(labels) > 2 {
 		return "", fmt.Errorf("cluster name %q: at most two labels joined by a dot", s)
@@ -28,6 +33,9 @@ func ParseClusterID(s string) (ClusterID, error) {
 	}
 	return ClusterID(s), nil
 }
+
+// Compare orders clusters by name.
+func (c ClusterID) Compare(o ClusterID) int { return cmp.Compare(c, o) }
 
 // ServiceID names a service everywhere in the mesh: the same namespace and
 // name in two clusters is one service (MCS's namespace sameness).

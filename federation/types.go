@@ -1,8 +1,13 @@
 package federation
 
 import (
+	"cmp"
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,6 +30,60 @@ type Port struct {
 	Number      uint16
 	Protocol    Protocol
 	AppProtocol string // as in Kubernetes: "http", "kubernetes.io/h2c", ...; may be empty
+}
+
+// Check reports what is wrong with p.
+func (p Port) Check() error {
+	switch {
+	case p.Name != "" && checkLabel(p.Name) != nil:
+		return fmt.Errorf("name: %.80q: %w", p.Name, errLabel)
+	case p.Number == 0:
+		return errors.New("number: must be from 1 to 65535")
+	case p.Protocol != TCP && p.Protocol != UDP && p.Protocol != SCTP:
+		return fmt.Errorf("protocol: %.80q is none of TCP, UDP and SCTP", p.Protocol)
+	case len(p.AppProtocol) > 253 || strings.Trim(p.AppProtocol, appProtocolChars) != "":
+		return errors.New("appProtocol: at most 253 letters, digits and -_./, for example kubernetes.io/h2c")
+	}
+	return nil
+}
+
+const appProtocolChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./"
+
+func (p Port) String() string {
+	s := strconv.Itoa(int(p.Number)) + "/" + string(p.Protocol)
+	if p.Name != "" {
+		s = p.Name + ":" + s
+	}
+	if p.AppProtocol != "" {
+		s += "(" + p.AppProtocol + ")"
+	}
+	return s
+}
+
+// Compare orders ports by number, then protocol, then name.
+func (p Port) Compare(o Port) int {
+	return cmp.Or(cmp.Compare(p.Number, o.Number), cmp.Compare(p.Protocol, o.Protocol),
+		cmp.Compare(p.Name, o.Name), cmp.Compare(p.AppProtocol, o.AppProtocol))
+}
+
+// SortPorts puts the ports of one export in order and reports why they cannot
+// stand together: each name, and each number with its protocol, once, and no
+// port without a name beside others.
+func SortPorts(ports []Port) error {
+	slices.SortFunc(ports, Port.Compare)
+	names := make(map[string]bool, len(ports))
+	for i, p := range ports {
+		switch {
+		case p.Name == "" && len(ports) > 1:
+			return fmt.Errorf("port %s needs a name, since there are several", p)
+		case names[p.Name]:
+			return fmt.Errorf("two ports have the name %q", p.Name)
+		case i > 0 && ports[i-1].Number == p.Number && ports[i-1].Protocol == p.Protocol:
+			return fmt.Errorf("two ports are %d/%s", p.Number, p.Protocol)
+		}
+		names[p.Name] = true
+	}
+	return nil
 }
 
 // Mode says where the mTLS of a tunnel ends in the serving cluster.
@@ -72,6 +131,8 @@ const (
 	MemberActive
 	// MemberQuarantined: denied by an operator; its exports are kept, not used.
 	MemberQuarantined
+	// MemberDeregistered: a tombstone. The name is known, nothing is in use.
+	MemberDeregistered
 )
 
 func (s MemberState) String() string {
@@ -80,6 +141,8 @@ func (s MemberState) String() string {
 		return "active"
 	case MemberQuarantined:
 		return "quarantined"
+	case MemberDeregistered:
+		return "deregistered"
 	default:
 		return "pending"
 	}
@@ -99,7 +162,7 @@ type Member struct {
 	MaxExports int          // 0 means the mesh's default limit
 }
 
-// Grants reports whether the registration allows the export of s.
+// Allows reports whether the registration allows the export of s.
 func (m *Member) Allows(s ServiceID) bool {
 	return slices.ContainsFunc(m.Grants, func(g Grant) bool { return g.Allows(s) })
 }
@@ -165,6 +228,11 @@ type PolicyID struct{ Origin, Namespace, Name string }
 
 func (p PolicyID) String() string { return p.Namespace + "/" + p.Name }
 
+// Compare orders policies by namespace, name, then origin.
+func (p PolicyID) Compare(o PolicyID) int {
+	return cmp.Or(cmp.Compare(p.Namespace, o.Namespace), cmp.Compare(p.Name, o.Name), cmp.Compare(p.Origin, o.Origin))
+}
+
 // OriginController marks policies that operators wrote at the controller.
 const OriginController = "controller"
 
@@ -198,7 +266,7 @@ const (
 )
 
 func (k StepKind) String() string {
-	return [...]string{"local", "region", "clusters", "regions", "any"}[k]
+	return enumName(k, "local", "region", "clusters", "regions", "any")
 }
 
 // Step is one rank of a policy's order. A cluster belongs to the first step
@@ -235,7 +303,7 @@ const (
 	Expired
 )
 
-func (l Liveness) String() string { return [...]string{"fresh", "suspect", "expired"}[l] }
+func (l Liveness) String() string { return enumName(l, "fresh", "suspect", "expired") }
 
 // LivenessAction is what a policy does with a suspect or expired cluster.
 type LivenessAction uint8
@@ -250,7 +318,7 @@ const (
 )
 
 func (a LivenessAction) String() string {
-	return [...]string{"default", "keep", "deprioritise", "remove"}[a]
+	return enumName(a, "default", "keep", "deprioritise", "remove")
 }
 
 // LivenessRule turns a cluster's silence into a state and an action. Zero
@@ -260,8 +328,73 @@ type LivenessRule struct {
 	OnSuspect, OnExpired      LivenessAction
 }
 
+// Thresholds are the times of silence from which a cluster is suspect and
+// expired, with the defaults filled in.
+func (r LivenessRule) Thresholds() (suspect, expire time.Duration) {
+	return cmp.Or(r.SuspectAfter, DefaultSuspectAfter), cmp.Or(r.ExpireAfter, DefaultExpireAfter)
+}
+
+// Of is how a silence counts by the rule, and what the rule does with it.
+func (r LivenessRule) Of(silence time.Duration) (Liveness, LivenessAction) {
+	suspect, expire := r.Thresholds()
+	switch {
+	case silence >= expire:
+		return Expired, cmp.Or(r.OnExpired, ActionDeprioritise)
+	case silence >= suspect:
+		return Suspect, cmp.Or(r.OnSuspect, ActionKeep)
+	default:
+		return Fresh, ActionKeep
+	}
+}
+
 // Default thresholds of liveness.
 const (
 	DefaultSuspectAfter = 10 * time.Second
 	DefaultExpireAfter  = 60 * time.Second
 )
+
+// enumName is the name of a constant; a value outside the constants prints its
+// number instead of failing.
+func enumName[E ~uint8](e E, names ...string) string {
+	if int(e) < len(names) {
+		return names[e]
+	}
+	return fmt.Sprintf("unknown(%d)", uint8(e))
+}
+
+// Drain is an operator's order to take traffic away from a cluster, with the
+// step that it has reached.
+type Drain struct {
+	Remaining PerMille      // of its share, now; the leader lowers it step by step
+	Over      time.Duration // from all to nothing
+	Started   time.Time
+	// CloseExistingAfter is how long established connections may go on once
+	// Remaining is 0; zero is for ever.
+	CloseExistingAfter time.Duration
+	By                 string // who asked for it
+}
+
+// VIP is the clusterset address of one service in one cluster.
+type VIP struct {
+	Address netip.Addr
+	// Released is when the service vanished, or zero while it exists. The
+	// address goes to no other service for 24 h from then.
+	Released time.Time
+}
+
+// Denial refuses the identities of one generation of a cluster.
+type Denial struct {
+	Cluster    ClusterID
+	Generation int64
+	// IssuedBefore bounds the denial to identities issued before it; zero
+	// denies them all.
+	IssuedBefore time.Time
+	Reason       string
+}
+
+// Bundle is the trust bundle of the mesh's trust domain.
+type Bundle struct {
+	TrustDomain spiffeid.TrustDomain
+	Sequence    uint64   // higher is newer
+	Roots       [][]byte // DER of each root certificate
+}

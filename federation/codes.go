@@ -1,0 +1,5 @@
+package federation
+
+func codes() []Documentation { return documented }
+
+var documented = []Documentation{}
