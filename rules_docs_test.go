@@ -3,6 +3,7 @@ package weft_test
 import (
 	"bytes"
 	"fmt"
+	"go/ast"
 	"path"
 	"regexp"
 	"slices"
@@ -25,6 +26,17 @@ func docRules() []rule {
 			good: map[string]string{
 				"README.md": "# Weft: a mesh\n\nSee [itself](README.md#weft-a-mesh), [top](#weft-a-mesh) and [elsewhere](https://example.org/x).\n\n```\n[not](a-link.md)\n```\n",
 			},
+		},
+		{
+			name:  "a test that is named exists",
+			why:   "a guarantee is worth the test that proves it",
+			mend:  "name the test as it is called, and link to the file that holds it",
+			check: checkNamedTests,
+			bad: map[string]string{
+				"README.md": "| it holds | [`TestItHolds`](rules_test.go) |",
+				"docs/a.md": "Proved by `TestItHolds`.",
+			},
+			good: map[string]string{"README.md": "Runs `go test` and `Testing`."},
 		},
 		{
 			name:  "no path of one machine",
@@ -102,6 +114,45 @@ func hasHeading(content []byte, anchor string) bool {
 		}
 	}
 	return false
+}
+
+var (
+	namedTest  = regexp.MustCompile("`((?:Test|Fuzz|Benchmark|Example)[A-Z]\\w*)`")
+	linkedTest = regexp.MustCompile("\\[`(\\w+)`\\]\\(([^)\\s]+_test\\.go)\\)")
+)
+
+// checkNamedTests looks for every test that a document names: in the file that
+// it links to, or anywhere if it links to none.
+func checkNamedTests(t *tree) (found []breach) {
+	for name, content := range t.files {
+		if path.Ext(name) != ".md" {
+			continue
+		}
+		for i, line := range proseLines(content) {
+			where := fmt.Sprintf("%s:%d", name, i+1)
+			for _, m := range linkedTest.FindAllStringSubmatch(line, -1) {
+				if file := path.Join(path.Dir(name), m[2]); !t.declares(m[1], file) {
+					found = append(found, breach{where, m[1] + " is not in " + file})
+				}
+			}
+			for _, m := range namedTest.FindAllStringSubmatch(line, -1) {
+				if !t.declares(m[1], "") {
+					found = append(found, breach{where, m[1] + " does not exist"})
+				}
+			}
+		}
+	}
+	return found
+}
+
+// declares tells whether a test file, or any if file is empty, has the function.
+func (t *tree) declares(function, file string) bool {
+	return slices.ContainsFunc(t.goFiles, func(f *goFile) bool {
+		return f.test && (file == "" || f.path == file) && slices.ContainsFunc(f.Decls, func(d ast.Decl) bool {
+			fun, ok := d.(*ast.FuncDecl)
+			return ok && fun.Recv == nil && fun.Name.Name == function
+		})
+	})
 }
 
 // slug is the anchor that forges give to a heading.
