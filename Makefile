@@ -19,7 +19,7 @@ DEMOFLAGS :=
 
 .PHONY: build
 build: ## Build the binaries into bin/
-	go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/...
+	go build -trimpath -buildvcs=false -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/...
 
 .PHONY: demo
 demo: build ## Run three clusters on this machine and break them (DEMOFLAGS=--keep)

@@ -15,7 +15,7 @@ fail() {
 }
 
 if [ -n "${WEFT_ENVOY:-}" ]; then
-	[ -x "$WEFT_ENVOY" ] || fail "WEFT_ENVOY=$WEFT_ENVOY is not an executable file; unset it to use the pinned one"
+	[ -f "$WEFT_ENVOY" ] && [ -x "$WEFT_ENVOY" ] || fail "WEFT_ENVOY=$WEFT_ENVOY is not an executable file; unset it to use the pinned one"
 	echo "$WEFT_ENVOY"
 	exit
 fi
