@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -94,7 +95,7 @@ func (s *Stream) WriteTo(w io.Writer) (int64, error) {
 	_, vectored := w.(*net.TCPConn)
 	for {
 		if err := s.awaitInput(); err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				err = nil
 			}
 			return total, err
@@ -274,7 +275,7 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 		if c != nil {
 			s.t.cfg.Buffers.put(c)
 		}
-		if readErr == io.EOF {
+		if errors.Is(readErr, io.EOF) {
 			return total, nil
 		}
 		if readErr != nil {
@@ -318,22 +319,23 @@ func (p *Buffers) readReady(raw syscall.RawConn) chunkReader {
 			}
 			for {
 				n, err = unix.Read(int(fd), c.b[frameHeader:frameHeader+limit])
-				if err != unix.EINTR {
+				if !errors.Is(err, unix.EINTR) {
 					break
 				}
 			}
-			if err == unix.EAGAIN {
+			if errors.Is(err, unix.EAGAIN) {
 				p.put(c)
 				c = nil
 				return false
 			}
 			return true
 		})
-		if waited != nil { // closed, or a deadline
+		switch {
+		case waited != nil: // closed, or a deadline
 			err, n = waited, 0
-		} else if err != nil {
+		case err != nil:
 			err, n = os.NewSyscallError("read", err), 0
-		} else if n == 0 {
+		case n == 0:
 			err = io.EOF
 		}
 		if n == 0 && c != nil {

@@ -86,8 +86,7 @@ func (t *Tunnel) readOther(fh http2.FrameHeader) error {
 		return violation(http2.ErrCodeEnhanceYourCalm, "a HEADERS frame of %d bytes, the limit is %d", fh.Length, 2*t.cfg.MaxHeaderBytes)
 	}
 	f, err := t.framer.ReadFrameForHeader(fh)
-	var se http2.StreamError
-	if errors.As(err, &se) {
+	if se, ok := errors.AsType[http2.StreamError](err); ok {
 		return t.badStream(se.StreamID, se.Code)
 	}
 	if err != nil {
@@ -248,7 +247,7 @@ func (t *Tunnel) deliver(s *Stream, n int) error {
 			return err
 		}
 		s.receive(p, nil)
-		t.br.Discard(n)
+		_, _ = t.br.Discard(n) // they are there: Peek saw them
 		return nil
 	}
 	c := t.cfg.Buffers.get(n)
@@ -467,7 +466,7 @@ func (t *Tunnel) onRequest(id uint32, end bool, b *block) error {
 	}
 	in := &Incoming{Authority: b.authority, Header: b.header, s: s}
 	if status != 0 {
-		in.Refuse(status, nil)
+		_ = in.Refuse(status, nil) // fails only where the tunnel has
 		return t.budget.spend(http2.FrameHeaders)
 	}
 	go in.run()

@@ -181,7 +181,7 @@ func (in *Incoming) run() {
 		t.mu.Unlock()
 	}()
 	t.handler(in)
-	in.Refuse(500, nil) // no effect if it is answered
+	_ = in.Refuse(500, nil) // no effect if it is answered
 	in.s.Close()
 }
 
@@ -278,8 +278,7 @@ func (s *Stream) end(err error, drop bool) {
 		s.sendErr = err
 	}
 	if s.answer != nil && !s.answered && s.refusal == nil {
-		var refusal *Refusal
-		if errors.As(err, &refusal) {
+		if refusal, ok := errors.AsType[*Refusal](err); ok {
 			s.refusal = refusal
 		} else {
 			var reset *ResetError
@@ -379,7 +378,7 @@ func (d *deadline) get() time.Time {
 
 // SetDeadline sets both deadlines, as for a net.Conn but on the tunnel's clock.
 func (s *Stream) SetDeadline(at time.Time) error {
-	s.SetReadDeadline(at)
+	_ = s.SetReadDeadline(at) // never fails
 	return s.SetWriteDeadline(at)
 }
 

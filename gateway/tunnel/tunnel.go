@@ -128,7 +128,7 @@ func newTunnel(conn net.Conn, cfg Config, h Handler) *Tunnel {
 }
 
 func (t *Tunnel) start(preface []byte, role http2.Setting) {
-	(*controlQueue)(t).Write(preface)
+	_, _ = (*controlQueue)(t).Write(preface) // never fails
 	t.control.WriteSettings(role,
 		http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(t.cfg.StreamWindow)},
 		http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxFrame},

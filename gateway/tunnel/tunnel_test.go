@@ -600,9 +600,8 @@ func TestLostConnectionEndsEveryStream(t *testing.T) {
 	if _, err := st.Read(make([]byte, 1)); err == nil || err == io.EOF {
 		t.Errorf("read: %v, a crash must not look like the end of the file", err)
 	}
-	var lost *LostError
 	within(t, "end", client.Done())
-	if !errors.As(client.Err(), &lost) {
+	if _, ok := errors.AsType[*LostError](client.Err()); !ok {
 		t.Errorf("err: %v", client.Err())
 	}
 	var oe *OpenError
