@@ -242,11 +242,14 @@ func TestTasksStopInReverseOrder(t *testing.T) {
 	w.signals = signals
 	started := make(chan struct{})
 	wire := func(context.Context, *Process) ([]Task, error) {
-		return []Task{task("store"), task("sessions"), {Name: "once", Run: func(context.Context) error { return nil }},
+		return []Task{
+			task("store"), task("sessions"),
+			{Name: "once", Run: func(context.Context) error { return nil }},
 			{Name: "listener", Run: func(ctx context.Context) error {
 				close(started)
 				return task("listener").Run(ctx)
-			}}}, nil
+			}},
+		}, nil
 	}
 	go func() {
 		<-started

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 )
@@ -63,20 +64,20 @@ func runTasks(ctx context.Context, tasks []Task, drain time.Duration, ready *Rea
 	deadline := time.NewTimer(drain)
 	defer deadline.Stop()
 	var stuck []string
-	for i := len(list) - 1; i >= 0; i-- {
-		list[i].cancel()
+	for _, l := range slices.Backward(list) {
+		l.cancel()
 		if len(stuck) > 0 {
 			select {
-			case <-list[i].done:
+			case <-l.done:
 			default:
-				stuck = append(stuck, list[i].name)
+				stuck = append(stuck, l.name)
 			}
 			continue
 		}
 		select {
-		case <-list[i].done:
+		case <-l.done:
 		case <-deadline.C:
-			stuck = append(stuck, list[i].name)
+			stuck = append(stuck, l.name)
 		}
 	}
 	for left > 0 {
