@@ -233,6 +233,7 @@ func (s ServiceID) hash() uint64 { return fnvOffset.add(s.Namespace).add(s.Name)
 func (e ExportID) hash() uint64 {
 	return fnvOffset.add(string(e.Cluster)).add(e.Service.Namespace).add(e.Service.Name).sum()
 }
+
 func (p PolicyID) hash() uint64 {
 	return fnvOffset.add(p.Origin).add(p.Namespace).add(p.Name).sum()
 }

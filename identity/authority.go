@@ -121,8 +121,10 @@ func (a *Authority) NewRegion(region string, l Lifetimes, now time.Time) (*Autho
 	if err != nil {
 		return nil, fmt.Errorf("identity: sign the authority of region %s: %w", region, err)
 	}
-	return &Authority{kind: KindRegion, td: a.td, region: region, key: key,
-		chain: append([]*x509.Certificate{cert}, a.chain...)}, nil
+	return &Authority{
+		kind: KindRegion, td: a.td, region: region, key: key,
+		chain: append([]*x509.Certificate{cert}, a.chain...),
+	}, nil
 }
 
 // CanSign says whether a, activated now, would live long enough for leaves of

@@ -210,9 +210,11 @@ func TestAnAuthorityNeverPrintsItsKey(t *testing.T) {
 	var log strings.Builder
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "authority", m.region, "kek", kek)
 	kekJSON := must(json.Marshal(kek))(t)
-	all := strings.Join([]string{log.String(), string(kekJSON),
+	all := strings.Join([]string{
+		log.String(), string(kekJSON),
 		fmt.Sprintf("%v %+v %#v %s", m.region, m.region, m.region, m.region),
-		fmt.Sprintf("%v %+v %#v %s", kek, kek, kek, kek)}, "\n")
+		fmt.Sprintf("%v %+v %#v %s", kek, kek, kek, kek),
+	}, "\n")
 	if strings.Contains(all, "PRIVATE") || strings.Contains(all, "ecdsa") || strings.Contains(all, "aead") {
 		t.Error(all)
 	}
