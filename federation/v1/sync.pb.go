@@ -221,8 +221,12 @@ func (x *EnrollResponse) GetControllers() []string {
 type RenewRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	// PKCS #10, DER, signed by the enrolled key.
-	Csr           []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	// PKCS #10, DER, of the new key.
+	Csr []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	// The expired SVID, DER, leaf first.
+	Chain [][]byte `protobuf:"bytes,3,rep,name=chain,proto3" json:"chain,omitempty"`
+	// Signature of the CSR by the expired SVID's key (identity.RenewalProof).
+	Signature     []byte `protobuf:"bytes,4,opt,name=signature,proto3" json:"signature,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -267,6 +271,20 @@ func (x *RenewRequest) GetCluster() string {
 func (x *RenewRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
+	}
+	return nil
+}
+
+func (x *RenewRequest) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *RenewRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
 	}
 	return nil
 }
@@ -1631,10 +1649,12 @@ const file_federation_v1_sync_proto_rawDesc = "" +
 	"\x05chain\x18\x03 \x01(\v2\x19.weft.federation.v1.ChainR\x05chain\x122\n" +
 	"\x06bundle\x18\x04 \x01(\v2\x1a.weft.federation.v1.BundleR\x06bundle\x122\n" +
 	"\x06member\x18\x05 \x01(\v2\x1a.weft.federation.v1.MemberR\x06member\x12 \n" +
-	"\vcontrollers\x18\x06 \x03(\tR\vcontrollers\":\n" +
+	"\vcontrollers\x18\x06 \x03(\tR\vcontrollers\"n\n" +
 	"\fRenewRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x10\n" +
-	"\x03csr\x18\x02 \x01(\fR\x03csr\"t\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x14\n" +
+	"\x05chain\x18\x03 \x03(\fR\x05chain\x12\x1c\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\"t\n" +
 	"\rRenewResponse\x12/\n" +
 	"\x05chain\x18\x01 \x01(\v2\x19.weft.federation.v1.ChainR\x05chain\x122\n" +
 	"\x06bundle\x18\x02 \x01(\v2\x1a.weft.federation.v1.BundleR\x06bundle\"H\n" +
