@@ -1,6 +1,9 @@
 package xds
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+)
 
 // Type is a kind of resource.
 type Type uint8
@@ -60,3 +63,9 @@ type Delta struct {
 
 // Empty reports whether nothing changed.
 func (d Delta) Empty() bool { return len(d.Changed) == 0 && len(d.Removed) == 0 }
+
+// Compare orders names by type, in the order in which additions are sent, then
+// by name.
+func (n Name) Compare(o Name) int {
+	return cmp.Or(cmp.Compare(n.Type, o.Type), cmp.Compare(n.Name, o.Name))
+}
