@@ -372,6 +372,9 @@ type Drain struct {
 	// Remaining is 0; zero is for ever.
 	CloseExistingAfter time.Duration
 	By                 string // who asked for it
+	// Undo: the share rises to all of it, at the pace of Over; then the order
+	// is forgotten.
+	Undo bool
 }
 
 // VIP is the clusterset address of one service in one cluster.

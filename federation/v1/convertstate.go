@@ -32,6 +32,7 @@ func EncodeDrain(d federation.Drain) *Drain {
 		Started:            encodeTime(d.Started),
 		CloseExistingAfter: encodeDuration(d.CloseExistingAfter),
 		By:                 d.By,
+		Undo:               d.Undo,
 	}
 }
 
@@ -53,7 +54,7 @@ func (d *Drain) Decode() (federation.Drain, error) {
 	}
 	return federation.Drain{
 		Remaining: federation.PerMille(d.RemainingPerMille), Over: over, Started: started,
-		CloseExistingAfter: closing, By: d.By,
+		CloseExistingAfter: closing, By: d.By, Undo: d.Undo,
 	}, nil
 }
 

@@ -1443,7 +1443,8 @@ func (x *Silence) GetSilent() *durationpb.Duration {
 // Drain of a cluster: key drain/C, absent when it takes its full share.
 type Drain struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Share that is left now; the leader lowers it step by step.
+	// Share that is left now; the leader lowers it step by step, or raises it
+	// where the drain is being undone.
 	RemainingPerMille int32                  `protobuf:"varint,1,opt,name=remaining_per_mille,json=remainingPerMille,proto3" json:"remaining_per_mille,omitempty"`
 	Over              *durationpb.Duration   `protobuf:"bytes,2,opt,name=over,proto3" json:"over,omitempty"`
 	Started           *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started,proto3" json:"started,omitempty"`
@@ -1451,8 +1452,10 @@ type Drain struct {
 	// is for ever.
 	CloseExistingAfter *durationpb.Duration `protobuf:"bytes,4,opt,name=close_existing_after,json=closeExistingAfter,proto3" json:"close_existing_after,omitempty"`
 	By                 string               `protobuf:"bytes,5,opt,name=by,proto3" json:"by,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// The share rises to all of it, after which the record goes.
+	Undo          bool `protobuf:"varint,6,opt,name=undo,proto3" json:"undo,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Drain) Reset() {
@@ -1518,6 +1521,13 @@ func (x *Drain) GetBy() string {
 		return x.By
 	}
 	return ""
+}
+
+func (x *Drain) GetUndo() bool {
+	if x != nil {
+		return x.Undo
+	}
+	return false
 }
 
 // Vip is one service's clusterset address in one cluster: key vip/C/ns/svc.
@@ -1907,13 +1917,14 @@ const file_federation_v1_records_proto_rawDesc = "" +
 	"\n" +
 	"on_expired\x18\x04 \x01(\x0e2\".weft.federation.v1.LivenessActionR\tonExpired\"<\n" +
 	"\aSilence\x121\n" +
-	"\x06silent\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06silent\"\xf9\x01\n" +
+	"\x06silent\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06silent\"\x8d\x02\n" +
 	"\x05Drain\x12.\n" +
 	"\x13remaining_per_mille\x18\x01 \x01(\x05R\x11remainingPerMille\x12-\n" +
 	"\x04over\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04over\x124\n" +
 	"\astarted\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12K\n" +
 	"\x14close_existing_after\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x12closeExistingAfter\x12\x0e\n" +
-	"\x02by\x18\x05 \x01(\tR\x02by\"W\n" +
+	"\x02by\x18\x05 \x01(\tR\x02by\x12\x12\n" +
+	"\x04undo\x18\x06 \x01(\bR\x04undo\"W\n" +
 	"\x03Vip\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x126\n" +
 	"\breleased\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breleased\"\x9b\x01\n" +
