@@ -89,7 +89,7 @@ func SortPorts(ports []Port) error {
 // Mode says where the mTLS of a tunnel ends in the serving cluster.
 type Mode uint8
 
-// The two modes of DESIGN section 9.
+// The two modes.
 const (
 	// Terminate: the gateway ends the tunnel and dials the endpoint.
 	Terminate Mode = iota
