@@ -3,9 +3,11 @@ package identity_test
 import (
 	"crypto/ecdsa"
 	"crypto/x509"
+	"strconv"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
 
@@ -63,4 +65,19 @@ func must[T any](v T, err error) func(testing.TB) T {
 func peer(t testing.TB, id string) identity.Peer {
 	t.Helper()
 	return identity.Peer{Subject: must(identity.ParseID(spiffeid.RequireFromString(id)))(t)}
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+// gauge is the value of a metric without labels.
+func gauge(t testing.TB, reg *prometheus.Registry, name string) float64 {
+	t.Helper()
+	for _, family := range must(reg.Gather())(t) {
+		if family.GetName() == name {
+			m := family.GetMetric()[0]
+			return m.GetGauge().GetValue() + m.GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
 }

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -107,26 +106,32 @@ func NewSource(c SourceConfig) (*Source, error) {
 	if c.Timeout <= 0 {
 		c.Timeout = issueTimeout
 	}
-	factory := promauto.With(c.Metrics)
 	s := &Source{
 		config: c,
 		kick:   make(chan struct{}, 1),
-		expiry: factory.NewGauge(prometheus.GaugeOpts{
+		expiry: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "weft_svid_expiry_timestamp_seconds",
 			Help: "When this process's SVID ends, in Unix seconds; 0 without one.",
 		}),
-		sequence: factory.NewGauge(prometheus.GaugeOpts{
+		sequence: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "weft_bundle_sequence",
 			Help: "Sequence number of the trust bundle in use.",
 		}),
-		renewals: factory.NewCounterVec(prometheus.CounterOpts{
+		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "weft_svid_renewals_total",
 			Help: "Attempts to get an SVID, by result: renewed or failed.",
 		}, []string{"result"}),
-		unsaved: factory.NewCounter(prometheus.CounterOpts{
+		unsaved: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "weft_svid_state_write_failures_total",
 			Help: "Changes of SVID or bundle that could not be written to disk and would be lost by a restart.",
 		}),
+	}
+	if c.Metrics != nil {
+		for _, m := range []prometheus.Collector{s.expiry, s.sequence, s.renewals, s.unsaved} {
+			if err := c.Metrics.Register(m); err != nil {
+				return nil, fmt.Errorf("identity: metrics of the %s: %w (one source per registry)", s, err)
+			}
+		}
 	}
 	s.now.Store(&sourceState{changed: make(chan struct{})})
 	return s, nil

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/weftmesh/weft/federation/clock"
@@ -67,10 +66,13 @@ func NewVerifier(c VerifierConfig) *Verifier {
 	case c.CacheSize > 0:
 		v.cache = newChainCache(c.CacheSize)
 	}
-	v.outcomes = promauto.With(c.Metrics).NewCounterVec(prometheus.CounterOpts{
+	v.outcomes = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "weft_tls_peers_total",
 		Help: "Peers checked at TLS handshakes, by result: accepted, anonymous, or why refused.",
 	}, []string{"result"})
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(v.outcomes)
+	}
 	return v
 }
 
