@@ -81,3 +81,11 @@ func gauge(t testing.TB, reg *prometheus.Registry, name string) float64 {
 	t.Fatalf("no metric %s", name)
 	return 0
 }
+
+func certs(authorities ...*identity.Authority) []*x509.Certificate {
+	var all []*x509.Certificate
+	for _, a := range authorities {
+		all = append(all, a.Certificate())
+	}
+	return all
+}
