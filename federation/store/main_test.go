@@ -1,0 +1,60 @@
+package store
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/goleak"
+
+	federationv1 "github.com/weftmesh/weft/federation/v1"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var testDomain = spiffeid.RequireTrustDomainFromString("mesh.test")
+
+// testDir is a data directory with a path that is short enough for sockets.
+func testDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "weft-store-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func testLog(t testing.TB) *slog.Logger {
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
+}
+
+func embeddedConfig(t testing.TB) Config {
+	return Config{TrustDomain: testDomain, Dir: testDir(t), Logger: testLog(t), NoFsyncForTests: true}
+}
+
+// open opens a store that closes with the test.
+func open(t testing.TB, cfg Config) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func timeout(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func member(name string) *federationv1.Member {
+	return &federationv1.Member{Cluster: name, Region: "eu", Zone: "eu-a", Grants: []string{"shop/*"}, Gateways: []*federationv1.Address{{Host: "10.0.0.1", Port: 15443}}}
+}
+
+func token(hash string) Token { return Token{Hash: hash, TTL: 15 * time.Minute, By: "ada"} }
