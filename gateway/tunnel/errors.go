@@ -71,6 +71,9 @@ func (e *LostError) Error() string {
 
 func (e *LostError) Unwrap() error { return e.Err }
 
+// Lost tells it from the reset of one stream.
+func (e *LostError) Lost() bool { return true }
+
 // violation is a connection error of the peer's making.
 func violation(code http2.ErrCode, format string, args ...any) error {
 	return &LostError{Code: code, Err: fmt.Errorf(format, args...)}

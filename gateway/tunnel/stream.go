@@ -288,9 +288,9 @@ func (s *Stream) end(err error, drop bool) {
 		close(s.answer)
 	}
 	t.mu.Unlock()
+	s.cancel(err) // first: who sees an error from the stream finds the context ended
 	s.stopReading(err, drop)
 	signal(s.writable)
-	s.cancel(err)
 }
 
 // abandon ends the stream from this side: with RST_STREAM, unless both
@@ -314,6 +314,9 @@ func (s *Stream) reset(code http2.ErrCode) { s.abandon(&ResetError{Code: code}, 
 
 // Reset ends both directions at once; the peer learns the code.
 func (s *Stream) Reset(code http2.ErrCode) { s.reset(code) }
+
+// Abort is a Reset with the code that stands for a broken TCP connection.
+func (s *Stream) Abort() { s.reset(http2.ErrCodeConnect) }
 
 // Close ends the stream. If a direction has not come to its proper end the peer
 // sees a reset (CANCEL). Unread bytes are dropped.
