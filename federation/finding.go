@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // Code names one kind of finding, for example "WEFT1101". Codes are never given
@@ -78,13 +79,29 @@ type Finding struct {
 }
 
 // NewFinding makes a finding of a documented code: severity, fix and
-// dependencies come from the code's entry, the message is formatted.
+// dependencies come from the code's entry, the message is formatted, and
+// brought to one printable line of bearable length, since parts of it may come
+// from others.
 func NewFinding(code Code, subject Ref, format string, args ...any) Finding {
-	f := Finding{Code: code, Severity: Error, Subject: subject, Message: fmt.Sprintf(format, args...)}
+	f := Finding{Code: code, Severity: Error, Subject: subject, Message: oneLine(fmt.Sprintf(format, args...))}
 	if d, ok := Explain(code); ok {
 		f.Severity, f.Fix, f.DependsOn = d.Severity, d.Fix, slices.Clone(d.DependsOn)
 	}
 	return f
+}
+
+// oneLine makes every run of unprintable characters one space and cuts at 1,000
+// characters.
+func oneLine(s string) string {
+	words := strings.FieldsFunc(strings.ToValidUTF8(s, "?"), func(r rune) bool { return !unicode.IsPrint(r) })
+	s = strings.Join(words, " ")
+	count := 0
+	for i := range s {
+		if count++; count > 1000 {
+			return s[:i] + "..."
+		}
+	}
+	return s
 }
 
 // Compare orders findings by severity, the gravest first, then code, subject

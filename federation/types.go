@@ -334,14 +334,21 @@ func (r LivenessRule) Thresholds() (suspect, expire time.Duration) {
 	return cmp.Or(r.SuspectAfter, DefaultSuspectAfter), cmp.Or(r.ExpireAfter, DefaultExpireAfter)
 }
 
+// Actions are what the rule does with suspect and expired clusters, with the
+// defaults filled in.
+func (r LivenessRule) Actions() (onSuspect, onExpired LivenessAction) {
+	return cmp.Or(r.OnSuspect, ActionKeep), cmp.Or(r.OnExpired, ActionDeprioritise)
+}
+
 // Of is how a silence counts by the rule, and what the rule does with it.
 func (r LivenessRule) Of(silence time.Duration) (Liveness, LivenessAction) {
 	suspect, expire := r.Thresholds()
+	onSuspect, onExpired := r.Actions()
 	switch {
 	case silence >= expire:
-		return Expired, cmp.Or(r.OnExpired, ActionDeprioritise)
+		return Expired, onExpired
 	case silence >= suspect:
-		return Suspect, cmp.Or(r.OnSuspect, ActionKeep)
+		return Suspect, onSuspect
 	default:
 		return Fresh, ActionKeep
 	}

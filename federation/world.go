@@ -39,10 +39,13 @@ func entryHash(kind string, name fmt.Stringer, values ...int64) uint64 {
 // String is the cluster's name.
 func (c ClusterID) String() string { return string(c) }
 
-// WithReadiness is w with the readiness of an export. Counts below zero count
-// as zero, and no more than Total are ready.
+// MaxEndpoints is the highest number of endpoints of one export.
+const MaxEndpoints = 1 << 24
+
+// WithReadiness is w with the readiness of an export. Counts are brought into
+// 0..MaxEndpoints, and no more than Total are ready.
 func (w *World) WithReadiness(e ExportID, r Readiness) *World {
-	r.Total = max(r.Total, 0)
+	r.Total = min(max(r.Total, 0), MaxEndpoints)
 	r.Ready = min(max(r.Ready, 0), r.Total)
 	if old, ok := w.Readiness(e); ok && old == r {
 		return w

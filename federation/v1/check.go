@@ -30,7 +30,7 @@ const (
 	maxSteps     = 32   // of a policy's order
 	maxRoots     = 64   // of a bundle
 	maxRoot      = 1 << 16
-	maxEndpoints = 1 << 24
+	maxEndpoints = federation.MaxEndpoints
 	maxWeight    = federation.MaxWeight
 	maxDuration  = 30 * 24 * time.Hour
 )
