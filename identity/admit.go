@@ -8,6 +8,8 @@ import (
 	"fmt"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // maxCSR bounds a CSR before it is parsed; one for a P-256 key has about 250
@@ -19,20 +21,20 @@ const maxCSR = 16 << 10
 // PeerAsks or TokenAsks; the zero value is nobody.
 type Asker struct {
 	peer         Subject
-	tokenCluster string
+	tokenCluster federation.ClusterID
 }
 
 // PeerAsks is a request over a connection of a verified peer.
 func PeerAsks(p Peer) Asker { return Asker{peer: p.Subject} }
 
 // TokenAsks is a request with a valid join token for the cluster.
-func TokenAsks(cluster string) Asker { return Asker{tokenCluster: cluster} }
+func TokenAsks(cluster federation.ClusterID) Asker { return Asker{tokenCluster: cluster} }
 
 // String is the asker's SPIFFE ID, or says that it is a token's holder.
 func (a Asker) String() string {
 	switch {
 	case a.tokenCluster != "":
-		return "the holder of a join token for cluster " + a.tokenCluster
+		return "the holder of a join token for cluster " + string(a.tokenCluster)
 	case !a.peer.ID.IsZero():
 		return a.peer.ID.String()
 	default:

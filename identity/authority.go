@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // AuthorityKind says what an authority signs.
@@ -98,8 +100,8 @@ func (a *Authority) NewRegion(region string, l Lifetimes, now time.Time) (*Autho
 	if a.kind != KindRoot {
 		return nil, fmt.Errorf("identity: the %s cannot sign a region's authority, only a root can", a)
 	}
-	if !isLabel(region) {
-		return nil, fmt.Errorf("identity: region %q is not a DNS label (lower case letters, digits and -, at most 63)", region)
+	if err := federation.CheckLabel(region); err != nil {
+		return nil, fmt.Errorf("identity: region %q: %w", region, err)
 	}
 	if err := l.Check(); err != nil {
 		return nil, err

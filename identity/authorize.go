@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // Authorizer says whether a verified peer may connect: nil, or why not. It is
@@ -55,13 +57,15 @@ func AllowRole(roles ...Role) Authorizer {
 }
 
 // AllowGatewayOf authorises the gateways of one cluster.
-func AllowGatewayOf(cluster string) Authorizer { return allowInCluster(cluster, RoleGateway) }
+func AllowGatewayOf(cluster federation.ClusterID) Authorizer {
+	return allowInCluster(cluster, RoleGateway)
+}
 
 // AllowAgentOf authorises the agent of one cluster.
-func AllowAgentOf(cluster string) Authorizer { return allowInCluster(cluster, RoleAgent) }
+func AllowAgentOf(cluster federation.ClusterID) Authorizer { return allowInCluster(cluster, RoleAgent) }
 
 // AllowCluster authorises every identity under one cluster.
-func AllowCluster(cluster string) Authorizer {
+func AllowCluster(cluster federation.ClusterID) Authorizer {
 	return func(p Peer) error {
 		if cluster != "" && p.Cluster == cluster {
 			return nil
@@ -88,7 +92,7 @@ func AllowEither(options ...Authorizer) Authorizer {
 	}
 }
 
-func allowInCluster(cluster string, role Role) Authorizer {
+func allowInCluster(cluster federation.ClusterID, role Role) Authorizer {
 	return func(p Peer) error {
 		if cluster != "" && p.Cluster == cluster && p.Role == role {
 			return nil

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/weftmesh/weft/federation"
 	"github.com/weftmesh/weft/identity"
 )
 
@@ -178,9 +179,9 @@ func TestDenialsAndSetsUnderManyGoroutines(t *testing.T) {
 			for i := range 200 {
 				switch g % 4 {
 				case 0:
-					d.Deny(identity.Denial{Cluster: fmt.Sprintf("c-%d", i%7), Generation: int64(g)})
+					d.Deny(identity.Denial{Cluster: federation.ClusterID(fmt.Sprintf("c-%d", i%7)), Generation: int64(g)})
 				case 1:
-					d.Lift(fmt.Sprintf("c-%d", i%7), int64(i))
+					d.Lift(federation.ClusterID(fmt.Sprintf("c-%d", i%7)), int64(i))
 				case 2:
 					ids.Replace([]spiffeid.ID{eu.ID})
 				default:

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // Denial refuses every identity under a cluster. The generation is that of the
@@ -15,8 +17,8 @@ import (
 // cluster is denied, all its identities are; that is why a name may be used
 // again only after the longest old leaf has expired.
 type Denial struct {
-	Cluster    string `json:"cluster"`
-	Generation int64  `json:"generation"`
+	Cluster    federation.ClusterID `json:"cluster"`
+	Generation int64                `json:"generation"`
 }
 
 // DeniedError is why a verified peer was refused.
@@ -39,8 +41,8 @@ type Denials struct {
 // denialSet is immutable. denied is never empty for a cluster in it.
 type denialSet struct {
 	revision uint64
-	clusters map[string][]int64 // sorted generations
-	changed  chan struct{}      // closed when this set is replaced
+	clusters map[federation.ClusterID][]int64 // sorted generations
+	changed  chan struct{}                    // closed when this set is replaced
 }
 
 // Check is nil for an identity whose cluster is not denied (and for one under
@@ -58,7 +60,7 @@ func (d *Denials) Check(s Subject) error {
 
 // Deny adds denials; it reports whether any was new.
 func (d *Denials) Deny(denials ...Denial) bool {
-	return d.update(func(m map[string][]int64) {
+	return d.update(func(m map[federation.ClusterID][]int64) {
 		for _, denial := range denials {
 			at, found := slices.BinarySearch(m[denial.Cluster], denial.Generation)
 			if !found {
@@ -70,8 +72,8 @@ func (d *Denials) Deny(denials ...Denial) bool {
 
 // Lift removes the cluster's denials up to and including the generation; a
 // newer denial stays. It reports whether anything was removed.
-func (d *Denials) Lift(cluster string, generation int64) bool {
-	return d.update(func(m map[string][]int64) {
+func (d *Denials) Lift(cluster federation.ClusterID, generation int64) bool {
+	return d.update(func(m map[federation.ClusterID][]int64) {
 		kept := slices.DeleteFunc(slices.Clone(m[cluster]), func(g int64) bool { return g <= generation })
 		if len(kept) == 0 {
 			delete(m, cluster)
@@ -84,7 +86,7 @@ func (d *Denials) Lift(cluster string, generation int64) bool {
 // Replace makes the set hold exactly the given denials. Only a full set may
 // replace one: an agent's denials are sticky until its controller says so.
 func (d *Denials) Replace(denials []Denial) bool {
-	return d.update(func(m map[string][]int64) {
+	return d.update(func(m map[federation.ClusterID][]int64) {
 		clear(m)
 		for _, denial := range denials {
 			m[denial.Cluster] = append(m[denial.Cluster], denial.Generation)
@@ -129,7 +131,7 @@ func (d *Denials) Changed() <-chan struct{} {
 }
 
 // update applies a change to a copy and publishes it if it differs.
-func (d *Denials) update(change func(map[string][]int64)) bool {
+func (d *Denials) update(change func(map[federation.ClusterID][]int64)) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	old := d.load()
@@ -147,7 +149,7 @@ func (d *Denials) update(change func(map[string][]int64)) bool {
 func (d *Denials) load() *denialSet {
 	set := d.set.Load()
 	if set == nil {
-		set = &denialSet{clusters: map[string][]int64{}, changed: make(chan struct{})}
+		set = &denialSet{clusters: map[federation.ClusterID][]int64{}, changed: make(chan struct{})}
 		d.set.Store(set)
 	}
 	return set

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // Role is the kind of holder that an identity of the mesh's scheme names.
@@ -40,10 +42,10 @@ const maxNameLength = 128
 type Subject struct {
 	ID             spiffeid.ID
 	Role           Role
-	Cluster        string // of an agent, gateway or workload
-	Namespace      string // of a workload
-	ServiceAccount string // of a workload
-	Name           string // of a controller or operator
+	Cluster        federation.ClusterID // of an agent, gateway or workload
+	Namespace      string               // of a workload
+	ServiceAccount string               // of a workload
+	Name           string               // of a controller or operator
 }
 
 // String is the SPIFFE ID.
@@ -61,34 +63,34 @@ func ControllerID(td spiffeid.TrustDomain, name string) (spiffeid.ID, error) {
 }
 
 // AgentID is spiffe://TD/cluster/C/agent.
-func AgentID(td spiffeid.TrustDomain, cluster string) (spiffeid.ID, error) {
-	if err := CheckCluster(cluster); err != nil {
+func AgentID(td spiffeid.TrustDomain, cluster federation.ClusterID) (spiffeid.ID, error) {
+	if err := checkCluster(cluster); err != nil {
 		return spiffeid.ID{}, err
 	}
-	return spiffeid.FromSegments(td, "cluster", cluster, "agent")
+	return spiffeid.FromSegments(td, "cluster", string(cluster), "agent")
 }
 
 // GatewayID is spiffe://TD/cluster/C/gateway.
-func GatewayID(td spiffeid.TrustDomain, cluster string) (spiffeid.ID, error) {
-	if err := CheckCluster(cluster); err != nil {
+func GatewayID(td spiffeid.TrustDomain, cluster federation.ClusterID) (spiffeid.ID, error) {
+	if err := checkCluster(cluster); err != nil {
 		return spiffeid.ID{}, err
 	}
-	return spiffeid.FromSegments(td, "cluster", cluster, "gateway")
+	return spiffeid.FromSegments(td, "cluster", string(cluster), "gateway")
 }
 
 // WorkloadID is spiffe://TD/cluster/C/ns/N/sa/S. The namespace is a DNS label,
 // the service account a DNS subdomain, as in Kubernetes.
-func WorkloadID(td spiffeid.TrustDomain, cluster, namespace, serviceAccount string) (spiffeid.ID, error) {
-	if err := CheckCluster(cluster); err != nil {
+func WorkloadID(td spiffeid.TrustDomain, cluster federation.ClusterID, namespace, serviceAccount string) (spiffeid.ID, error) {
+	if err := checkCluster(cluster); err != nil {
 		return spiffeid.ID{}, err
 	}
-	if !isLabel(namespace) {
-		return spiffeid.ID{}, fmt.Errorf("identity: namespace %q is not a DNS label (lower case letters, digits and -, at most 63)", namespace)
+	if err := federation.CheckLabel(namespace); err != nil {
+		return spiffeid.ID{}, fmt.Errorf("identity: namespace %q: %w", namespace, err)
 	}
 	if !isSubdomain(serviceAccount) {
 		return spiffeid.ID{}, fmt.Errorf("identity: service account %q is not a DNS name (lower case labels joined by dots, at most 253)", serviceAccount)
 	}
-	return spiffeid.FromSegments(td, "cluster", cluster, "ns", namespace, "sa", serviceAccount)
+	return spiffeid.FromSegments(td, "cluster", string(cluster), "ns", namespace, "sa", serviceAccount)
 }
 
 // OperatorID is spiffe://TD/operator/NAME.
@@ -117,13 +119,13 @@ func ParseID(id spiffeid.ID) (Subject, error) {
 		s.Role, s.Name = RoleOperator, segments[1]
 		want, err = OperatorID(id.TrustDomain(), s.Name)
 	case len(segments) == 3 && segments[0] == "cluster" && segments[2] == "agent":
-		s.Role, s.Cluster = RoleAgent, segments[1]
+		s.Role, s.Cluster = RoleAgent, federation.ClusterID(segments[1])
 		want, err = AgentID(id.TrustDomain(), s.Cluster)
 	case len(segments) == 3 && segments[0] == "cluster" && segments[2] == "gateway":
-		s.Role, s.Cluster = RoleGateway, segments[1]
+		s.Role, s.Cluster = RoleGateway, federation.ClusterID(segments[1])
 		want, err = GatewayID(id.TrustDomain(), s.Cluster)
 	case len(segments) == 6 && segments[0] == "cluster" && segments[2] == "ns" && segments[4] == "sa":
-		s.Role, s.Cluster, s.Namespace, s.ServiceAccount = RoleWorkload, segments[1], segments[3], segments[5]
+		s.Role, s.Cluster, s.Namespace, s.ServiceAccount = RoleWorkload, federation.ClusterID(segments[1]), segments[3], segments[5]
 		want, err = WorkloadID(id.TrustDomain(), s.Cluster, s.Namespace, s.ServiceAccount)
 	default:
 		err = errors.New("its path is none of /controller/NAME, /cluster/C/agent, /cluster/C/gateway, /cluster/C/ns/N/sa/S, /operator/NAME")
@@ -139,7 +141,7 @@ func ParseID(id spiffeid.ID) (Subject, error) {
 
 // ClusterOf is the cluster that an agent's, gateway's or workload's identity
 // lies under; false for every other identity.
-func ClusterOf(id spiffeid.ID) (string, bool) {
+func ClusterOf(id spiffeid.ID) (federation.ClusterID, bool) {
 	s, err := ParseID(id)
 	if err != nil || s.Cluster == "" {
 		return "", false
@@ -147,14 +149,12 @@ func ClusterOf(id spiffeid.ID) (string, bool) {
 	return s.Cluster, true
 }
 
-// CheckCluster says whether name can be a cluster's: one DNS label, or two
-// joined by a dot. (A gateway's SNI is parsed by counting labels.)
-func CheckCluster(name string) error {
-	first, second, two := strings.Cut(name, ".")
-	if isLabel(first) && (!two || isLabel(second)) {
-		return nil
+// checkCluster keeps a name that was not parsed out of every identity.
+func checkCluster(name federation.ClusterID) error {
+	if _, err := federation.ParseClusterID(string(name)); err != nil {
+		return fmt.Errorf("identity: %w", err)
 	}
-	return fmt.Errorf("identity: %q cannot be a cluster's name: use one DNS label, or two joined by a dot (lower case letters, digits and -, each at most 63)", name)
+	return nil
 }
 
 // CheckTrustDomain refuses names that SPIFFE allows but X.509 URI name
@@ -177,26 +177,13 @@ func checkName(kind, name string) error {
 	return nil
 }
 
-// isLabel reports whether s is a lower-case DNS label (RFC 1123).
-func isLabel(s string) bool {
-	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return false
-	}
-	for i := range len(s) {
-		c := s[i]
-		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
-			return false
-		}
-	}
-	return true
-}
-
+// isSubdomain reports whether s is lower-case DNS labels joined by dots.
 func isSubdomain(s string) bool {
 	if len(s) > 253 {
 		return false
 	}
 	for label := range strings.SplitSeq(s, ".") {
-		if !isLabel(label) {
+		if federation.CheckLabel(label) != nil {
 			return false
 		}
 	}

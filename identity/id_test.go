@@ -6,6 +6,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/weftmesh/weft/federation"
 	"github.com/weftmesh/weft/identity"
 )
 
@@ -76,16 +77,13 @@ func TestIDsOutsideOfTheSchemeNameNobody(t *testing.T) {
 func TestNamesThatCannotBe(t *testing.T) {
 	bad := []string{"", ".", "..", "a.", ".a", "a..b", "a/b", "A", "a b", "ü", strings.Repeat("a", 64), "a\x00", "%2e", "*", "a.b.c", "-", "a-", "a_b"}
 	for _, name := range bad {
-		if err := identity.CheckCluster(name); err == nil {
-			t.Errorf("cluster %q", name)
-		}
-		if id, err := identity.AgentID(td, name); err == nil {
+		if id, err := identity.AgentID(td, federation.ClusterID(name)); err == nil {
 			t.Errorf("agent %s", id)
 		}
-		if id, err := identity.GatewayID(td, name); err == nil {
+		if id, err := identity.GatewayID(td, federation.ClusterID(name)); err == nil {
 			t.Errorf("gateway %s", id)
 		}
-		if id, err := identity.WorkloadID(td, name, "ns", "sa"); err == nil {
+		if id, err := identity.WorkloadID(td, federation.ClusterID(name), "ns", "sa"); err == nil {
 			t.Errorf("workload %s", id)
 		}
 		if id, err := identity.WorkloadID(td, "eu-1", name, "sa"); err == nil {
@@ -135,7 +133,7 @@ func FuzzParseID(f *testing.F) {
 			t.Fatalf("%+v", s)
 		}
 		inCluster := s.Role == identity.RoleAgent || s.Role == identity.RoleGateway || s.Role == identity.RoleWorkload
-		if inCluster != (identity.CheckCluster(s.Cluster) == nil) {
+		if _, err := federation.ParseClusterID(string(s.Cluster)); inCluster != (err == nil) {
 			t.Fatalf("%+v", s)
 		}
 		// Nobody but workloads has anything after the role.

@@ -31,8 +31,10 @@ type traffic struct {
 }
 
 func startTraffic(t *testing.T, server, client *tls.Config, streams, dialers int) *traffic {
-	tr := &traffic{t: t, server: server, client: client, stop: make(chan struct{}),
-		listener: must(tls.Listen("tcp", "127.0.0.1:0", server))(t)}
+	tr := &traffic{
+		t: t, server: server, client: client, stop: make(chan struct{}),
+		listener: must(tls.Listen("tcp", "127.0.0.1:0", server))(t),
+	}
 	tr.wg.Go(tr.serve)
 	for range streams {
 		tr.wg.Go(tr.stream)

@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/weftmesh/weft/federation"
 	"github.com/weftmesh/weft/federation/clock"
 	"github.com/weftmesh/weft/identity"
 )
@@ -123,7 +124,7 @@ func TestWhoMayConnect(t *testing.T) {
 	for name, c := range map[string]struct {
 		peer   x509svid.Source // nil shows no certificate
 		to     int
-		denied string
+		denied federation.ClusterID
 		at     time.Time // of the server's clock; now if zero
 		says   string    // the server's error; empty for success
 	}{
@@ -214,7 +215,7 @@ func TestWhichServersAClientAccepts(t *testing.T) {
 	for name, c := range map[string]struct {
 		server    *x509svid.SVID
 		authorize identity.Authorizer
-		denied    string
+		denied    federation.ClusterID
 		says      string
 	}{
 		"exactly this one":           {m.svid(t, gatewayUS, t0), identity.AllowID(spiffeid.RequireFromString(gatewayUS)), "", ""},

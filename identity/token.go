@@ -11,6 +11,8 @@ import (
 	"io"
 	"log/slog"
 	"strings"
+
+	"github.com/weftmesh/weft/federation"
 )
 
 // ErrBadToken is every error of ParseJoinToken. None repeats what was given:
@@ -28,13 +30,13 @@ const (
 // without the secret; Reveal is the only way to the text to hand over. The
 // zero value is no token.
 type JoinToken struct {
-	cluster string
+	cluster federation.ClusterID
 	secret  [tokenSecretSize]byte
 }
 
 // NewJoinToken makes a random token of 256 bits for a cluster.
-func NewJoinToken(cluster string) (JoinToken, error) {
-	if err := CheckCluster(cluster); err != nil {
+func NewJoinToken(cluster federation.ClusterID) (JoinToken, error) {
+	if err := checkCluster(cluster); err != nil {
 		return JoinToken{}, err
 	}
 	t := JoinToken{cluster: cluster}
@@ -75,8 +77,8 @@ func ParseJoinToken(text string) (JoinToken, error) {
 	if middle < 0 {
 		return bad("it has too few parts")
 	}
-	t := JoinToken{cluster: body[:middle]}
-	if CheckCluster(t.cluster) != nil {
+	t := JoinToken{cluster: federation.ClusterID(body[:middle])}
+	if checkCluster(t.cluster) != nil {
 		return bad("its cluster name is not valid")
 	}
 	secret, err := base64.RawURLEncoding.Strict().DecodeString(body[middle+1:])
@@ -88,7 +90,7 @@ func ParseJoinToken(text string) (JoinToken, error) {
 }
 
 // Cluster is the cluster that the token is for.
-func (t JoinToken) Cluster() string { return t.cluster }
+func (t JoinToken) Cluster() federation.ClusterID { return t.cluster }
 
 // IsZero reports whether t is no token.
 func (t JoinToken) IsZero() bool { return t.cluster == "" }
@@ -96,7 +98,7 @@ func (t JoinToken) IsZero() bool { return t.cluster == "" }
 // Reveal is the token's text, with the secret: to be shown once, to whoever
 // registered the cluster, and sent once, over a pinned connection.
 func (t JoinToken) Reveal() string {
-	text := tokenPrefix + t.cluster + "." + base64.RawURLEncoding.EncodeToString(t.secret[:])
+	text := tokenPrefix + string(t.cluster) + "." + base64.RawURLEncoding.EncodeToString(t.secret[:])
 	return text + "." + tokenChecksum(text)
 }
 
@@ -105,7 +107,7 @@ func (t JoinToken) Reveal() string {
 // needs no comparison in constant time: to steer it, one must know a preimage.
 func (t JoinToken) Hash() string {
 	h := sha256.New()
-	_, _ = io.WriteString(h, tokenPrefix+t.cluster+".")
+	_, _ = io.WriteString(h, tokenPrefix+string(t.cluster)+".")
 	h.Write(t.secret[:])
 	return hex.EncodeToString(h.Sum(nil))
 }
@@ -115,7 +117,7 @@ func (t JoinToken) String() string {
 	if t.IsZero() {
 		return "no join token"
 	}
-	return tokenPrefix + t.cluster + ".REDACTED"
+	return tokenPrefix + string(t.cluster) + ".REDACTED"
 }
 
 // Format prints String for every verb: %x and %#v included.

@@ -150,7 +150,7 @@ func (j *judge) refuseExport(e *federation.Export, subject federation.Ref) *fede
 	}
 	for _, id := range e.Serves {
 		under, ok := identity.ClusterOf(id)
-		if !ok || under != string(c) || id.TrustDomain() != j.td {
+		if !ok || under != c || id.TrustDomain() != j.td {
 			return j.refusal(codeForeignRecord, subject,
 				"identity %s does not lie under spiffe://%s/cluster/%s/", id, j.td.Name(), c)
 		}
