@@ -86,6 +86,9 @@ func VerifyPin(presented []*x509.Certificate, pin Pin, now time.Time) (Pinned, e
 	if len(presented) == 0 {
 		return Pinned{}, errors.New("identity: the server showed no certificate")
 	}
+	if len(presented) > maxChain {
+		return Pinned{}, fmt.Errorf("identity: the server showed %d certificates, at most %d are read", len(presented), maxChain)
+	}
 	mismatch := &PinError{Want: pin}
 	var root *x509.Certificate
 	for _, cert := range presented {

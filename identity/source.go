@@ -126,12 +126,11 @@ func NewSource(c SourceConfig) (*Source, error) {
 			Help: "Changes of SVID or bundle that could not be written to disk and would be lost by a restart.",
 		}),
 	}
-	if c.Metrics != nil {
-		for _, m := range []prometheus.Collector{s.expiry, s.sequence, s.renewals, s.unsaved} {
-			if err := c.Metrics.Register(m); err != nil {
-				return nil, fmt.Errorf("identity: metrics of the %s: %w (one source per registry)", s, err)
-			}
-		}
+	if err := errors.Join(
+		register(c.Metrics, &s.expiry), register(c.Metrics, &s.sequence),
+		register(c.Metrics, &s.renewals), register(c.Metrics, &s.unsaved),
+	); err != nil {
+		return nil, fmt.Errorf("identity: metrics of the %s: %w", s, err)
 	}
 	s.now.Store(&sourceState{changed: make(chan struct{})})
 	return s, nil
@@ -287,43 +286,62 @@ func (s *Source) Renew(ctx context.Context) error {
 // source serves what it has.
 func (s *Source) Run(ctx context.Context) error {
 	failures := 0
-	wait := s.untilRenewal()
+	next := s.renewalPoint()
 	for {
-		timer := s.config.Clock.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		case <-s.kick:
-		case <-timer.C():
+		if err := s.waitUntil(ctx, next); err != nil {
+			return err
 		}
-		timer.Stop()
-
 		err := s.Renew(ctx)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if err != nil {
-			wait = backOff(failures)
+			wait := backOff(failures)
+			next = s.config.Clock.Now().Add(wait)
 			failures++
 			s.logFailure(ctx, err, failures, wait)
 			continue
 		}
 		failures = 0
-		wait = max(s.untilRenewal(), shortestPause)
+		next = s.renewalPoint()
+		if soonest := s.config.Clock.Now().Add(shortestPause); next.Before(soonest) {
+			next = soonest
+		}
 	}
 }
 
-// untilRenewal is how long the present SVID need not be renewed.
-func (s *Source) untilRenewal() time.Duration {
+// waitUntil ends at a time, at a kick, or with ctx, whose error it returns. It
+// looks at the clock again and again, for a timer of hours stands still while
+// a machine sleeps, and certificates do not.
+func (s *Source) waitUntil(ctx context.Context, t time.Time) error {
+	t = t.Round(0) // without its monotonic reading, which sleeps, too
+	for {
+		left := t.Sub(s.config.Clock.Now())
+		if left <= 0 {
+			return ctx.Err()
+		}
+		timer := s.config.Clock.NewTimer(min(left, longestPause))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-s.kick:
+			timer.Stop()
+			return nil
+		case <-timer.C():
+		}
+	}
+}
+
+// renewalPoint is when to renew the present SVID.
+func (s *Source) renewalPoint() time.Time {
 	svid := s.now.Load().svid
 	if svid == nil {
-		return 0
+		return s.config.Clock.Now()
 	}
 	leaf := svid.Certificates[0]
 	life := leaf.NotAfter.Sub(leaf.NotBefore)
-	at := leaf.NotBefore.Add(time.Duration((0.4 + 0.1*rand.Float64()) * float64(life)))
-	return max(0, at.Sub(s.config.Clock.Now()))
+	return leaf.NotBefore.Add(time.Duration((0.4 + 0.1*rand.Float64()) * float64(life)))
 }
 
 // backOff doubles from a second to five minutes, and takes a random half off,
@@ -460,4 +478,20 @@ func (s *Source) saved(state sourceState) {
 		s.unsaved.Inc()
 		s.config.Log.Error("cannot save the own SVID; a restart would lose it", "id", s.config.ID.String(), "err", err)
 	}
+}
+
+// register puts a metric into a registry (nil is none), or takes the one of
+// the same name that is there: a process may make its source or its verifier
+// again, and goes on counting.
+func register[C prometheus.Collector](registry prometheus.Registerer, metric *C) error {
+	if registry == nil {
+		return nil
+	}
+	err := registry.Register(*metric)
+	if known := (prometheus.AlreadyRegisteredError{}); errors.As(err, &known) {
+		if same, ok := known.ExistingCollector.(C); ok {
+			*metric, err = same, nil
+		}
+	}
+	return err
 }

@@ -309,6 +309,59 @@ func TestBundlesNeverGoBack(t *testing.T) {
 	}
 }
 
+// A timer stands still while a machine sleeps: what counts is the clock, which
+// has gone on when it wakes.
+func TestASourceRenewsAfterTheMachineSlept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, t0)
+		clk := &setClock{now: t0}
+		o := newOffice(t, m, clk, agentEU)
+		s := newSource(t, o, agentEU)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Run(ctx) }()
+		synctest.Wait()
+		clk.set(t0.Add(9 * time.Hour))
+		time.Sleep(6 * time.Minute)
+		if n := len(o.askedAt()); n != 1 {
+			t.Errorf("asked %d times at 37%% of the life", n)
+		}
+		clk.set(t0.Add(14 * time.Hour))
+		time.Sleep(6 * time.Minute)
+		if n := len(o.askedAt()); n != 2 {
+			t.Errorf("asked %d times at 58%% of the life", n)
+		}
+		cancel()
+		<-done
+	})
+}
+
+func TestAProcessMayMakeItsSourceAgain(t *testing.T) {
+	m := newMesh(t, t0)
+	o := newOffice(t, m, at(t0), agentEU)
+	reg := prometheus.NewRegistry()
+	for range 2 {
+		s := newSource(t, o, agentEU, func(c *identity.SourceConfig) { c.Metrics = reg })
+		if err := s.Renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		identity.NewVerifier(identity.VerifierConfig{Clock: o.clock, Mesh: s, Metrics: reg})
+	}
+	if got := gauge(t, reg, "weft_svid_renewals_total"); got != 2 {
+		t.Errorf("%v renewals are counted", got)
+	}
+	taken := prometheus.NewRegistry()
+	taken.MustRegister(prometheus.NewCounter(prometheus.CounterOpts{Name: "weft_bundle_sequence"}))
+	_, err := identity.NewSource(identity.SourceConfig{ID: o.by.TrustDomain().ID(), Clock: o.clock, Log: quiet()})
+	if err == nil {
+		t.Error("a source of the trust domain itself")
+	}
+	_, err = identity.NewSource(identity.SourceConfig{ID: spiffeid.RequireFromString(agentEU), Clock: o.clock, Log: quiet(), Metrics: taken})
+	if err == nil || !strings.Contains(err.Error(), "weft_bundle_sequence") {
+		t.Errorf("a metric of another kind has the name: %v", err)
+	}
+}
+
 // A root that is taken away under a running source makes it renew at once.
 func TestASourceRenewsWhenItsRootIsRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -70,8 +70,8 @@ func NewVerifier(c VerifierConfig) *Verifier {
 		Name: "weft_tls_peers_total",
 		Help: "Peers checked at TLS handshakes, by result: accepted, anonymous, or why refused.",
 	}, []string{"result"})
-	if c.Metrics != nil {
-		c.Metrics.MustRegister(v.outcomes)
+	if err := register(c.Metrics, &v.outcomes); err != nil {
+		panic(fmt.Sprintf("identity: metrics of the verifier: %v", err)) // two metrics of one name: a mistake in the program
 	}
 	return v
 }
