@@ -6,20 +6,20 @@ import (
 	"github.com/weftmesh/weft/federation"
 )
 
-// State is what records say to the core: a catalog and a world. Records of
+// Mesh is what records say to the core: a catalog and a world. Records of
 // other kinds (addresses, denials, the bundle) are for their readers to keep.
-// The zero State is empty; a State is never changed, Apply makes the next.
-type State struct {
+// The zero Mesh is empty; a Mesh is never changed, Apply makes the next.
+type Mesh struct {
 	Catalog *federation.Catalog
 	World   *federation.World
 }
 
-// Apply is the state at revision rev after records were put and the records
+// Apply is the mesh at revision rev after records were put and the records
 // under some keys deleted. A record that is wrong is left out, with an error,
 // and what was there under its key stays; the others count. Facts has every
 // record that was good.
-func (s State) Apply(rev federation.Revision, puts []*Record, deletes []string) (next State, facts []Fact, errs []error) {
-	next = s
+func (m Mesh) Apply(rev federation.Revision, puts []*Record, deletes []string) (next Mesh, facts []Fact, errs []error) {
+	next = m
 	var events []federation.Event
 	for _, key := range deletes {
 		k, err := ParseKey(key)
@@ -54,7 +54,7 @@ func (s State) Apply(rev federation.Revision, puts []*Record, deletes []string) 
 			next.World = next.World.WithSilence(f.Key.Cluster, b)
 		}
 	}
-	next.Catalog = s.Catalog.Apply(rev, events...)
+	next.Catalog = m.Catalog.Apply(rev, events...)
 	return next, facts, errs
 }
 
