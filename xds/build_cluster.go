@@ -82,6 +82,9 @@ func baseCluster(name string, connect time.Duration) *clusterv3.Cluster {
 		}},
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{
 			HealthyPanicThreshold: &typev3.Percent{Value: panicPercent},
+			// The default holds an ejection back for up to a second after a change
+			// of endpoints, and every connection of that second fails.
+			UpdateMergeWindow: seconds(0),
 		},
 		OutlierDetection: &clusterv3.OutlierDetection{
 			SplitExternalLocalOriginErrors:  true,

@@ -49,11 +49,10 @@ func (n *Node) importListener(i *Import) (*Resource, error) {
 	forward.AccessLog = accessLog(e, tcpLogFields())
 	forward.TunnelingConfig = &tcpv3.TcpProxy_TunnelingConfig{
 		Hostname: Authority(p.Service, p.Port),
-		HeadersToAdd: []*corev3.HeaderValueOption{
-			header(HeaderSource, string(n.Cluster)),
-			header(HeaderRevision, endpointLabel(LabelRevision)),
-			header(HeaderDecision, endpointLabel(LabelDecision)),
-		},
+		// Not the revision and the decision, which are labels of the endpoint:
+		// Envoy evaluates these headers before it knows the endpoint, and after a
+		// failed attempt with that attempt's. The built-in engine adds them.
+		HeadersToAdd: []*corev3.HeaderValueOption{header(HeaderSource, string(n.Cluster))},
 	}
 	return e.resource(TypeListener, name, &listenerv3.Listener{
 		Name:         name,
@@ -63,8 +62,8 @@ func (n *Node) importListener(i *Import) (*Resource, error) {
 	})
 }
 
-// endpointLabel is the format of a header whose value is a label of the
-// endpoint that was chosen.
+// endpointLabel is the format, in an access log, of a label of the endpoint that
+// was chosen.
 func endpointLabel(key string) string {
 	return "%METADATA(UPSTREAM_HOST:" + labelSpace + ":" + key + ")%"
 }

@@ -97,7 +97,7 @@ type Forward struct {
 // Tunnel is the CONNECT request that opens a stream of weft/1.
 type Tunnel struct {
 	Authority string
-	Headers   []Header // as configured; in order
+	Headers   []Header // in order
 }
 
 // Header is one request header of a Tunnel. Either Value is fixed, or

@@ -2,7 +2,9 @@ package xds
 
 import (
 	"cmp"
+	"encoding/json"
 	"fmt"
+	"log/slog"
 )
 
 // Type is a kind of resource.
@@ -69,3 +71,15 @@ func (d Delta) Empty() bool { return len(d.Changed) == 0 && len(d.Removed) == 0 
 func (n Name) Compare(o Name) int {
 	return cmp.Or(cmp.Compare(n.Type, o.Type), cmp.Compare(n.Name, o.Name))
 }
+
+// String names the resource. Its content stays out of logs: it may be a secret.
+func (r *Resource) String() string { return r.Name.String() + "@" + r.Version }
+
+// GoString is String.
+func (r *Resource) GoString() string { return r.String() }
+
+// LogValue is String.
+func (r *Resource) LogValue() slog.Value { return slog.StringValue(r.String()) }
+
+// MarshalJSON is String, quoted.
+func (r *Resource) MarshalJSON() ([]byte, error) { return json.Marshal(r.String()) }
