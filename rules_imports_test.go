@@ -123,6 +123,11 @@ func homes() []home {
 			why:   "who is trusted is decided once; only names, SVIDs and bundles travel as values",
 		},
 		{
+			deps: []string{"go.yaml.in/yaml"},
+			in:   []string{"federation/manifest"},
+			why:  "people's documents are read node by node, so that each mistake is told with its line; everything else takes sigs.k8s.io/yaml",
+		},
+		{
 			deps: []string{"github.com/spf13"},
 			in:   []string{"cmd/weft"},
 			why:  "it serves people at a terminal; the long-running binaries have a handful of flags",

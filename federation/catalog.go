@@ -131,7 +131,7 @@ func (c *Catalog) PolicyFor(s ServiceID, from ClusterID) (*Policy, bool) {
 			if p.ID.Origin != OriginController && p.ID.Origin != string(from) {
 				continue
 			}
-			if p.flaw() != nil {
+			if p.Check() != nil {
 				continue
 			}
 			if best == nil || p.before(best) {

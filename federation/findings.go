@@ -151,7 +151,7 @@ func (c *Catalog) policyFindings() []Finding {
 		if r.contested {
 			add(CodePolicyContested, "several policies differ; the one accepted first, at %d, is used", p.Accepted)
 		}
-		if err := p.flaw(); err != nil {
+		if err := p.Check(); err != nil {
 			add(CodePolicyInvalid, "passed over: %v", err)
 			continue
 		}
@@ -180,7 +180,7 @@ func (c *Catalog) shadowing(p *Policy) *Policy {
 	set, _ := c.targeting.get(p.target())
 	var first *Policy
 	for _, r := range set.all() {
-		if o := &r.value; o.ID.Origin == p.ID.Origin && o.flaw() == nil && (first == nil || o.before(first)) {
+		if o := &r.value; o.ID.Origin == p.ID.Origin && o.Check() == nil && (first == nil || o.before(first)) {
 			first = o
 		}
 	}

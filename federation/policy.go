@@ -21,9 +21,9 @@ func (p *Policy) before(o *Policy) bool {
 	return cmp.Or(cmp.Compare(p.Accepted, o.Accepted), p.ID.Compare(o.ID)) < 0
 }
 
-// flaw is why a policy cannot be carried out at all, or nil. What merely has no
-// effect, such as a cluster that nobody knows, is no flaw.
-func (p *Policy) flaw() error {
+// Check is why a policy cannot be carried out at all, or nil. What merely has no
+// effect, such as a cluster that nobody knows, is no such flaw.
+func (p *Policy) Check() error {
 	if p.TargetService != "" && p.TargetNamespace == "" {
 		return fmt.Errorf("its target names the service %q without a namespace", p.TargetService)
 	}
