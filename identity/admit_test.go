@@ -130,6 +130,9 @@ func TestCSRsThatAreRefused(t *testing.T) {
 		"something after it": {append(append([]byte(nil), good...), 0), identity.RefusedCSR},
 		"huge":               {make([]byte, 1<<20), identity.RefusedCSR},
 		"a certificate":      {newMesh(t, t0).root.Root().Raw, identity.RefusedCSR},
+		"much too long": {must(x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+			Subject: pkix.Name{CommonName: strings.Repeat("x", 20<<10)},
+		}, key))(t), identity.RefusedCSR},
 	} {
 		for who, admit := range map[string]func() (identity.Admitted, error){
 			"a token": func() (identity.Admitted, error) {

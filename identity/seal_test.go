@@ -2,6 +2,7 @@ package identity_test
 
 import (
 	"bytes"
+	"crypto/x509"
 	"errors"
 	"io/fs"
 	"os"
@@ -140,6 +141,7 @@ func TestAuthoritiesAreStoredAndOpened(t *testing.T) {
 	record := must(m.region.Seal(kek, "p"))(t)
 	twin := must(must(m.root.NewRegion("eu", m.lifetimes, t0))(t).Seal(kek, "p"))(t)
 	rootRecord := must(m.root.Seal(kek, "p"))(t)
+	peopleRecord := must(m.operators.Seal(kek, "p"))(t)
 	foreign := newMesh(t, t0)
 	for name, change := range map[string]func(*identity.AuthorityRecord){
 		"another certificate": func(r *identity.AuthorityRecord) { r.Chain = twin.Chain },
@@ -155,8 +157,14 @@ func TestAuthoritiesAreStoredAndOpened(t *testing.T) {
 		"another root": func(r *identity.AuthorityRecord) {
 			r.Chain = string(identity.EncodePEM(append(certs(m.region), foreign.root.Root())))
 		},
-		"a chain of junk": func(r *identity.AuthorityRecord) { r.Chain += "junk" },
-		"a root's record": func(r *identity.AuthorityRecord) { *r = rootRecord; r.Kind = "region"; r.Region = "eu" },
+		"a chain of junk":      func(r *identity.AuthorityRecord) { r.Chain += "junk" },
+		"a root's record":      func(r *identity.AuthorityRecord) { *r = rootRecord; r.Kind = "region"; r.Region = "eu" },
+		"a root as operators'": func(r *identity.AuthorityRecord) { *r = rootRecord; r.Kind = "operators" },
+		"operators' as a root": func(r *identity.AuthorityRecord) { *r = peopleRecord; r.Kind = "root" },
+		"a key that was sealed for it by mistake": func(r *identity.AuthorityRecord) {
+			der := must(x509.MarshalPKCS8PrivateKey(must(identity.NewKey())(t)))(t)
+			r.SealedKey = must(kek.Seal(identity.SealName("p", m.region.Certificate()), der))(t)
+		},
 	} {
 		changed := record
 		change(&changed)

@@ -86,6 +86,12 @@ type Source struct {
 	unsaved          prometheus.Counter
 }
 
+var (
+	_ x509svid.Source   = (*Source)(nil)
+	_ x509bundle.Source = (*Source)(nil)
+	_ TrustSource       = (*Source)(nil)
+)
+
 // sourceState is immutable. Everything but changed may be nil.
 type sourceState struct {
 	svid    *x509svid.SVID
