@@ -336,6 +336,56 @@ func TestASourceRenewsAfterTheMachineSlept(t *testing.T) {
 	})
 }
 
+// An authority near its own end signs ever shorter leaves; it is not asked for
+// them without a pause.
+func TestASourceDoesNotPressAnAuthorityNearItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, time.Now())
+		o := newOffice(t, m, clock.Real(), agentEU)
+		time.Sleep(time.Until(m.region.NotAfter()) - time.Minute)
+		s := newSource(t, o, agentEU)
+		ctx, cancel := context.WithTimeout(t.Context(), 59*time.Second)
+		defer cancel()
+		_ = s.Run(ctx)
+		if n := len(o.askedAt()); n < 2 || n > 7 {
+			t.Errorf("asked %d times in the last minute", n)
+		}
+	})
+}
+
+// A server that shows its root shows the one that its present chain leads to.
+func TestTheRootThatIsShownFollowsTheChain(t *testing.T) {
+	m := newMesh(t, t0)
+	o := newOffice(t, m, at(t0.Add(time.Minute)), ctl)
+	s := newSource(t, o, ctl)
+	v := identity.NewVerifier(identity.VerifierConfig{Clock: o.clock, Mesh: s})
+	server := v.Server(identity.ServerConfig{SVID: s, Anonymous: true, SendRoot: true})
+	shows := func(root *identity.Authority) {
+		t.Helper()
+		if err := s.Renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			var learned identity.Pinned
+			got := meet(t, server, identity.PinnedClient(identity.PinOf(root.Root()), o.clock, func(p identity.Pinned) { learned = p }))
+			if got.client != nil || !learned.Root.Equal(root.Root()) {
+				t.Fatalf("%v, learned %v", got.client, learned)
+			}
+			if svid := must(s.GetX509SVID())(t); !got.clientView.PeerCertificates[0].Equal(svid.Certificates[0]) || len(got.clientView.PeerCertificates) != 3 {
+				t.Error("an old chain is shown")
+			}
+		}
+	}
+	shows(m.root)
+	shows(m.root)
+	second := must(identity.NewRoot(td, m.lifetimes, t0))(t)
+	o.set(func(o *office) {
+		o.by = must(second.NewRegion("eu", m.lifetimes, t0))(t)
+		o.bundle = must(m.bundle.With(second.Root()))(t)
+	})
+	shows(second)
+}
+
 func TestAProcessMayMakeItsSourceAgain(t *testing.T) {
 	m := newMesh(t, t0)
 	o := newOffice(t, m, at(t0), agentEU)

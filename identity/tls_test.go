@@ -287,6 +287,12 @@ func TestConnectionsAreTLS13WithALPNAndNeverResumed(t *testing.T) {
 		t.Errorf("TLS 1.2: %v", got.server)
 	}
 
+	for side, c := range map[string]*tls.Config{"server": server, "client": clientFor(), "pinned": identity.PinnedClient(identity.Pin{}, at(now), nil)} {
+		if off := c.Time().Sub(now); off < 0 || off > time.Minute || !c.DynamicRecordSizingDisabled || !c.SessionTicketsDisabled || c.ClientSessionCache != nil {
+			t.Errorf("%s: its clock is %v off, tickets %v", side, off, c.SessionTicketsDisabled)
+		}
+	}
+
 	// A client that would resume, if it could, gets no ticket to do it with.
 	keen := clientFor("weft/1")
 	keen.ClientSessionCache = tls.NewLRUClientSessionCache(8)

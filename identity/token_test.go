@@ -1,17 +1,21 @@
 package identity_test
 
 import (
-	"bytes"
+	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
+	"math/big"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/weftmesh/weft/federation"
@@ -54,6 +58,25 @@ func TestJoinTokens(t *testing.T) {
 			if _, err := identity.ParseJoinToken(text[:i]); err == nil {
 				t.Fatalf("%q is a token", text[:i])
 			}
+		}
+	}
+	// A checksum makes no token of what is none.
+	text := must(identity.NewJoinToken("eu-1"))(t).Reveal()
+	for name, change := range map[string]func(string) string{
+		"another cluster's name": func(s string) string { return strings.Replace(s, ".eu-1.", ".EU-1.", 1) },
+		"a reserved name":        func(s string) string { return strings.Replace(s, ".eu-1.", ".controller.", 1) },
+		"no name":                func(s string) string { return strings.Replace(s, ".eu-1.", ".", 1) },
+		"a line feed":            func(s string) string { return s[:30] + "\n" + s[30:] },
+		"padding":                func(s string) string { return s + "=" },
+		"a shorter secret":       func(s string) string { return s[:len(s)-4] },
+		"a longer secret":        func(s string) string { return s + "AAAA" },
+		"spare bits":             func(s string) string { return s[:len(s)-1] + "B" },
+		"another alphabet":       func(s string) string { return s[:30] + "+" + s[31:] },
+	} {
+		wrong := change(text[:len(text)-9])
+		wrong += fmt.Sprintf(".%08x", crc32.ChecksumIEEE([]byte(wrong)))
+		if got, err := identity.ParseJoinToken(wrong); !errors.Is(err, identity.ErrBadToken) || strings.Contains(err.Error(), "checksum is wrong") {
+			t.Errorf("%s: %v, %v", name, got, err)
 		}
 	}
 	for _, name := range []federation.ClusterID{"", "a.b.c", "A", "../x", "controller"} {
@@ -201,12 +224,28 @@ func TestAPinStartsTrust(t *testing.T) {
 	if _, err := identity.VerifyPin(nil, pin, now); err == nil {
 		t.Error("no chain is pinned")
 	}
-	// A copy of the root's key in a certificate that it did not sign is no root.
-	forged, _ := forgeTemplate(t, foreign.root, &x509.Certificate{NotBefore: t0, NotAfter: t0.Add(time.Hour), IsCA: true, BasicConstraintsValid: true})
-	copied := *forged[0]
-	copied.RawSubjectPublicKeyInfo = bytes.Clone(m.root.Root().RawSubjectPublicKeyInfo)
+	// The root's public key in a certificate that the root did not sign, which
+	// anybody can make, is no root.
+	subject := m.root.Root().Subject
+	key := must(identity.NewKey())(t)
+	der := must(x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: subject, NotBefore: t0, NotAfter: t0.Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
+		URIs: []*url.URL{td.ID().URL()}, KeyUsage: x509.KeyUsageCertSign,
+	}, &x509.Certificate{Subject: subject}, m.root.Root().PublicKey, key))(t)
+	copied := must(x509.ParseCertificate(der))(t)
+	if identity.PinOf(copied) != pin {
+		t.Fatal("the copy has another pin")
+	}
+	chain, _ := m.leaf(t, spiffeid.RequireFromString(ctl), t0)
 	mismatch := (*identity.PinError)(nil)
-	if _, err := identity.VerifyPin([]*x509.Certificate{&copied}, pin, now); !errors.As(err, &mismatch) || mismatch.Want != pin {
+	if _, err := identity.VerifyPin(append(chain, copied), pin, now); !errors.As(err, &mismatch) || mismatch.Want != pin || len(mismatch.Got) != 0 {
 		t.Errorf("got %v", err)
+	}
+	must(identity.VerifyPin(append(chain, m.root.Root()), pin, now))(t)
+	for len(chain) < 8 {
+		chain = append(chain, m.region.Certificate())
+	}
+	if _, err := identity.VerifyPin(append(chain, m.root.Root()), pin, now); err == nil || !strings.Contains(err.Error(), "at most 8") {
+		t.Errorf("nine certificates: %v", err)
 	}
 }

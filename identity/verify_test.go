@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net"
+	"net/url"
 	"runtime"
 	"strings"
 	"testing"
@@ -67,6 +68,35 @@ func TestRememberedChainsAreStillChecked(t *testing.T) {
 	// The same sequence with other content is another bundle.
 	trust.b = must(identity.NewBundle(td, both.Sequence(), only.Roots()))(t)
 	check("no root")
+}
+
+// A leaf that was made to outlive its authority ends with it, remembered or not.
+func TestAChainEndsWithItsFirstCertificate(t *testing.T) {
+	m := newMesh(t, t0)
+	clk := &setClock{now: t0}
+	end := m.region.NotAfter()
+	v := identity.NewVerifier(identity.VerifierConfig{Clock: clk, Mesh: m.bundle})
+	chain, _ := forgeTemplate(t, m.region, &x509.Certificate{
+		NotBefore: t0, NotAfter: end.Add(24 * time.Hour), BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature,
+		URIs: []*url.URL{spiffeid.RequireFromString(agentEU).URL()},
+	})
+	for _, c := range []struct {
+		at time.Time
+		ok bool
+	}{{t0, true}, {end, true}, {end.Add(time.Second), false}, {end, true}} {
+		clk.set(c.at)
+		if _, err := v.Verify(chain); (err == nil) != c.ok {
+			t.Errorf("at %v: %v", c.at, err)
+		}
+	}
+	for len(chain) < 9 {
+		chain = append(chain, m.region.Certificate())
+	}
+	clk.set(t0)
+	must(v.Verify(chain[:8]))(t)
+	if _, err := v.Verify(chain); err == nil || !strings.Contains(err.Error(), "at most 8") {
+		t.Errorf("nine certificates: %v", err)
+	}
 }
 
 type turning struct{ b *identity.Bundle }
