@@ -36,6 +36,8 @@ func units() []unit {
 		{path: "cmd/serve", rank: 3, deep: true}, // what the mains share
 		{path: "cmd", rank: 4, each: true},
 		{path: "deploy", rank: 4, deep: true},
+		{path: "e2e/lab", rank: 2},  // runs the binaries, links none of their code
+		{path: "e2e/demo", rank: 3}, // 'weft demo' is its player
 		{path: "e2e", rank: 5, deep: true},
 		{path: ".", rank: 5},
 	}
