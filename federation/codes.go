@@ -57,6 +57,7 @@ const (
 	CodeManyMembersSilent  Code = "WEFT3008"
 	CodeSessionTakenOver   Code = "WEFT3009"
 	CodeLastGoodNotSaved   Code = "WEFT3010"
+	CodeResourcesNotBuilt  Code = "WEFT3011"
 
 	CodeGatewaySilent      Code = "WEFT4001"
 	CodeGatewayUnresolved  Code = "WEFT4002"
@@ -180,7 +181,7 @@ var documented = [...]Documentation{
 		"mend the permission or path that the message names", nil},
 	{CodeSourceEmptied, Error, "source is suddenly empty",
 		"The agent's source held services and now holds none. That looks like a lost mount rather than a wish, so nothing is withdrawn.",
-		"restore the files; to withdraw everything on purpose, set export: false in them or deregister the cluster", nil},
+		"restore the files; to withdraw everything on purpose, put an empty file named .weft-empty into the folder", nil},
 	{CodeFileMalformed, Error, "document cannot be read",
 		"A document is not YAML, or none that Weft knows. It is set aside; its last good version stays, and all other documents count.",
 		"mend what the message names", nil},
@@ -233,6 +234,9 @@ var documented = [...]Documentation{
 	{CodeLastGoodNotSaved, Error, "last good state cannot be saved",
 		"The agent cannot write its state to disk. It goes on, but a restart without a controller would start from older state.",
 		"free space, or mend the permission that the message names", nil},
+	{CodeResourcesNotBuilt, Error, "configuration cannot be built",
+		"The agent cannot turn a service, or the list of all services, into resources for its proxies. What they were told last stays in force.",
+		"mend what the message names", nil},
 
 	{CodeGatewaySilent, Error, "gateway does not answer",
 		"The gateways of one cluster get no answer from another's. Its exports stand behind all that answer.",
