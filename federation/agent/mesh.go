@@ -1,0 +1,621 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weftmesh/weft/federation"
+	federationv1 "github.com/weftmesh/weft/federation/v1"
+)
+
+// mesh is what the agent knows: the records that the controller sent or the
+// disk kept, with the cluster's own services, readiness and probes laid over
+// them, since of those the agent knows more, and earlier, than anybody. It
+// turns changes into the next catalog and world; drive carries those out.
+//
+// It is safe for concurrent use. Its catalogs and worlds are immutable.
+type mesh struct {
+	trustDomain string
+	self        federation.ClusterID
+	log         *slog.Logger
+
+	changed chan struct{} // room for one: there is something to carry out
+	dirty   chan struct{} // room for one: there is something to persist
+	// selfChanged is called, without the lock, when the registration of the own
+	// cluster has changed.
+	selfChanged func()
+	// synced is called, without the lock, when a full set is complete.
+	synced func()
+
+	mu         sync.Mutex
+	held       *held
+	catalog    *federation.Catalog
+	world      *federation.World
+	vips       map[federation.ServiceID]netip.Addr
+	namespaces map[string]int // how many services each has
+	own        ownServices
+	denials    map[string]federation.Denial // by key
+	bundle     federation.Bundle            // the newest
+	// touched are services whose plans stay the same, but of which something
+	// else changed that proxies are told: addresses, endpoints.
+	touched map[federation.ServiceID]bool
+	trust   bool // members, bundle or denials changed since the last scene
+}
+
+// ownServices is what the source and the checks say. Until the source has been
+// read once, or the disk had its last good state, nothing is known.
+type ownServices struct {
+	known     bool
+	services  map[federation.ServiceID]*service
+	policies  map[federation.PolicyID]federation.Policy
+	readiness map[federation.ServiceID]federation.Readiness // of the services whose checks have all had an outcome
+}
+
+func newMesh(trustDomain string, self federation.ClusterID, log *slog.Logger) *mesh {
+	return &mesh{
+		trustDomain: trustDomain,
+		self:        self,
+		log:         log,
+		changed:     make(chan struct{}, 1),
+		dirty:       make(chan struct{}, 1),
+		selfChanged: func() {},
+		synced:      func() {},
+		held:        newHeld(),
+		world:       new(federation.World),
+		vips:        make(map[federation.ServiceID]netip.Addr),
+		namespaces:  make(map[string]int),
+		denials:     make(map[string]federation.Denial),
+		touched:     make(map[federation.ServiceID]bool),
+		trust:       true,
+	}
+}
+
+// restore puts the records of an earlier process in place.
+func (m *mesh) restore(records []*federationv1.Record, rev federation.Revision) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	changed := make(map[string]*federationv1.Record)
+	for _, r := range records {
+		if m.held.put(r) {
+			changed[r.GetKey()] = r
+		}
+	}
+	m.held.revision = rev
+	m.take(changed)
+}
+
+// add puts one record in place that came by another way than a session.
+func (m *mesh) add(r *federationv1.Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.held.put(r) {
+		m.take(map[string]*federationv1.Record{r.GetKey(): r})
+	}
+}
+
+// hello is what the agent says it has.
+func (m *mesh) hello() *federationv1.Hello {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &federationv1.Hello{
+		Have:    federationv1.EncodeRevision(m.held.revision),
+		Digest:  m.held.sums.Encode(),
+		Denials: m.denialMessages(),
+	}
+}
+
+// denialMessages are the denials in force.
+func (m *mesh) denialMessages() []*federationv1.Denial {
+	var out []*federationv1.Denial
+	for _, d := range m.inForce() {
+		out = append(out, federationv1.EncodeDenial(d))
+	}
+	return out
+}
+
+// inForce are the denials that count, sorted: those of a generation that a
+// later, active registration has taken the place of do not. A store that was
+// restored from a backup knows no later generation than the denied one.
+func (m *mesh) inForce() []federation.Denial {
+	var out []federation.Denial
+	for _, d := range m.denials {
+		x, ok := m.catalog.Member(d.Cluster)
+		if ok && x.State == federation.MemberActive && x.Generation > d.Generation {
+			continue
+		}
+		out = append(out, d)
+	}
+	slices.SortFunc(out, func(a, b federation.Denial) int {
+		return cmp.Or(a.Cluster.Compare(b.Cluster), cmp.Compare(a.Generation, b.Generation))
+	})
+	return out
+}
+
+// begin starts a session with what the controller said at its begin.
+func (m *mesh) begin(w *federationv1.Welcome) error {
+	if td := w.GetTrustDomain(); td != m.trustDomain {
+		return fmt.Errorf("the controller is of trust domain %q, this agent of %q: check the controllers' addresses", td, m.trustDomain)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if have, now := m.held.revision, w.GetRevision(); have.Number > 0 &&
+		(have.Incarnation != now.GetIncarnation() || have.Number > now.GetNumber()) {
+		m.log.Warn("the controller's state is older than this agent's, or another: everything is kept until its full set is complete",
+			"have", have.String(), "controller_has", revisionText(now))
+	}
+	m.held.begin(w.GetDiffering())
+	return nil
+}
+
+// end forgets a session that broke off.
+func (m *mesh) end() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.held.end()
+}
+
+// knownOwn are the own records as the controller stores them, if it is certain
+// that it stores just those: its digest of them is the same as that of what
+// this agent holds. Else it is nil.
+func (m *mesh) knownOwn(w *federationv1.Welcome) map[string]*federationv1.Record {
+	theirs, err := w.GetReported().Decode()
+	if err != nil {
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var ours federationv1.Sums
+	known := make(map[string]*federationv1.Record)
+	for key, r := range m.held.records {
+		k, err := federationv1.ParseKey(key)
+		if err != nil {
+			continue
+		}
+		switch {
+		case k.Cluster == m.self && (k.Kind == federationv1.KindExport || k.Kind == federationv1.KindReadiness):
+			if value, err := r.Value(); err == nil {
+				ours.Add(key, value)
+			}
+			known[key] = r
+		case k.Kind == federationv1.KindPolicy && k.Policy.Origin == string(m.self):
+			known[key] = r
+		}
+	}
+	if ours != theirs {
+		return nil
+	}
+	return known
+}
+
+// update takes one update of the session.
+func (m *mesh) update(u *federationv1.Update) {
+	m.mu.Lock()
+	old := m.held.revision
+	selfBefore := m.held.records[federationv1.MemberKey(m.self).String()]
+	changed := m.held.apply(u)
+	m.take(changed)
+	if m.held.revision != old {
+		m.catalog = m.catalog.Apply(m.held.revision)
+		m.notify()
+	}
+	self := m.held.records[federationv1.MemberKey(m.self).String()]
+	m.mu.Unlock()
+	if self != selfBefore {
+		m.selfChanged()
+	}
+	if u.GetFull() {
+		m.synced()
+	}
+}
+
+// take carries changed records into catalog, world and the rest. A record that
+// this version cannot read changes nothing: what was there before stays.
+func (m *mesh) take(changed map[string]*federationv1.Record) {
+	if len(changed) == 0 {
+		return
+	}
+	var events []federation.Event
+	for key, r := range changed {
+		k, err := federationv1.ParseKey(key)
+		var body any
+		if err == nil && r != nil {
+			var f federationv1.Fact
+			f, err = r.Decode()
+			body = f.Body
+		}
+		if err != nil {
+			m.log.Warn("a record from the controller cannot be used: what was known before stays", "error", err)
+			continue
+		}
+		if e := m.takeOne(k, body); e != nil {
+			events = append(events, e)
+		}
+	}
+	m.catalog = m.catalog.Apply(m.held.revision, events...)
+	m.notify()
+}
+
+// takeOne carries one record, or its removal where body is nil, into the world
+// and the rest, and returns what it means for the catalog.
+func (m *mesh) takeOne(k federationv1.Key, body any) federation.Event {
+	switch k.Kind {
+	case federationv1.KindMember:
+		m.trust = true
+		if b, ok := body.(federation.Member); ok {
+			return federation.PutMember{Member: b}
+		}
+		return federation.DeleteMember{Cluster: k.Cluster}
+	case federationv1.KindExport:
+		if k.Cluster == m.self && m.own.known {
+			return m.ownExport(k.Service)
+		}
+		if b, ok := body.(federation.Export); ok {
+			return federation.PutExport{Export: b}
+		}
+		return federation.DeleteExport{Export: k.Export()}
+	case federationv1.KindPolicy:
+		if k.Policy.Origin == string(m.self) && m.own.known {
+			return m.ownPolicy(k.Policy)
+		}
+		if b, ok := body.(federation.Policy); ok {
+			return federation.PutPolicy{Policy: b}
+		}
+		return federation.DeletePolicy{Policy: k.Policy}
+	case federationv1.KindReadiness:
+		if k.Cluster == m.self {
+			m.ownReadiness(k.Service)
+		} else if b, ok := body.(federation.Readiness); ok {
+			m.world = m.world.WithReadiness(k.Export(), b)
+		} else {
+			m.world = m.world.WithoutReadiness(k.Export())
+		}
+	case federationv1.KindSilence:
+		// That the own link is silent says nothing about the own endpoints.
+		if d, _ := body.(time.Duration); k.Cluster != m.self {
+			m.world = m.world.WithSilence(k.Cluster, d)
+		}
+	case federationv1.KindDrain:
+		left := federation.All
+		if b, ok := body.(federation.Drain); ok {
+			left = b.Remaining
+		}
+		m.world = m.world.WithDrain(k.Cluster, left)
+	case federationv1.KindVIP:
+		if k.Cluster == m.self {
+			b, _ := body.(federation.VIP)
+			m.setVIP(k.Service, b)
+		}
+	case federationv1.KindDenial:
+		m.trust = true
+		if b, ok := body.(federation.Denial); ok {
+			m.denials[k.String()] = b
+		} else {
+			delete(m.denials, k.String())
+		}
+	case federationv1.KindBundle:
+		// A bundle that is gone leaves the last one in force.
+		if b, ok := body.(federation.Bundle); ok && b.Sequence >= m.bundle.Sequence {
+			m.bundle, m.trust = b, true
+		}
+	}
+	return nil
+}
+
+func (m *mesh) setVIP(s federation.ServiceID, v federation.VIP) {
+	_, had := m.vips[s]
+	has := v.Address.IsValid() && v.Released.IsZero()
+	switch {
+	case has:
+		m.vips[s] = v.Address
+		if !had {
+			m.namespaces[s.Namespace]++
+		}
+	case had:
+		delete(m.vips, s)
+		if m.namespaces[s.Namespace]--; m.namespaces[s.Namespace] == 0 {
+			delete(m.namespaces, s.Namespace)
+		}
+	}
+	m.touched[s] = true
+}
+
+// ownExport is what the own offer of a service is in the catalog: what the
+// source says now, with what the controller alone decides taken from its last
+// word. An export that it has not accepted yet loses every conflict.
+func (m *mesh) ownExport(s federation.ServiceID) federation.Event {
+	id := federation.ExportID{Cluster: m.self, Service: s}
+	svc, ok := m.own.services[s]
+	if !ok || !svc.export {
+		return federation.DeleteExport{Export: id}
+	}
+	e := svc.offer(m.self)
+	e.Accepted = math.MaxInt64
+	if r, ok := m.held.records[federationv1.ExportKey(id).String()]; ok {
+		if stored, err := r.GetExport().Decode(); err == nil {
+			e.Accepted, e.Network = stored.Accepted, stored.Network
+		}
+	}
+	return federation.PutExport{Export: e}
+}
+
+// ownPolicy is the same for a policy of the source.
+func (m *mesh) ownPolicy(id federation.PolicyID) federation.Event {
+	p, ok := m.own.policies[id]
+	if !ok {
+		return federation.DeletePolicy{Policy: id}
+	}
+	p.Accepted = math.MaxInt64
+	if r, ok := m.held.records[federationv1.PolicyKey(id).String()]; ok {
+		if stored, err := r.GetPolicy().Decode(); err == nil {
+			p.Accepted = stored.Accepted
+		}
+	}
+	return federation.PutPolicy{Policy: p}
+}
+
+// ownReadiness puts the own readiness of a service into the world: what the
+// checks say, or, until they do, what was known before.
+func (m *mesh) ownReadiness(s federation.ServiceID) {
+	id := federation.ExportID{Cluster: m.self, Service: s}
+	if r, ok := m.own.readiness[s]; ok {
+		m.world = m.world.WithReadiness(id, r)
+		return
+	}
+	if svc, ok := m.own.services[s]; !m.own.known || ok && svc.export {
+		if r, err := m.held.records[federationv1.ReadinessKey(id).String()].GetReadiness().Decode(); err == nil && r.Total > 0 {
+			m.world = m.world.WithReadiness(id, r)
+			return
+		}
+	}
+	m.world = m.world.WithoutReadiness(id)
+}
+
+// setOwn replaces what the source says.
+func (m *mesh) setOwn(services map[federation.ServiceID]*service, policies map[federation.PolicyID]federation.Policy) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before := m.own
+	m.own.known, m.own.services, m.own.policies = true, services, policies
+	m.own.readiness = maps.Clone(before.readiness)
+	var events []federation.Event
+	concerned := make(map[federation.ServiceID]bool)
+	for s, now := range services {
+		if old, ok := before.services[s]; !ok || !old.equal(now) || !before.known {
+			concerned[s] = true
+		}
+	}
+	for s := range before.services {
+		if _, ok := services[s]; !ok {
+			concerned[s] = true
+			delete(m.own.readiness, s)
+		}
+	}
+	names := make(map[federation.PolicyID]bool)
+	for id := range policies {
+		names[id] = true
+	}
+	for id := range before.policies {
+		names[id] = true
+	}
+	if !before.known { // what an earlier process offered, and this source does not
+		for e := range m.catalog.ExportsOf(m.self) {
+			concerned[e.Service] = true
+		}
+		for p := range m.catalog.Policies() {
+			if p.ID.Origin == string(m.self) {
+				names[p.ID] = true
+			}
+		}
+	}
+	for s := range concerned {
+		events = append(events, m.ownExport(s))
+		m.ownReadiness(s)
+		m.touched[s] = true
+	}
+	for id := range names {
+		events = append(events, m.ownPolicy(id))
+	}
+	m.catalog = m.catalog.Apply(m.held.revision, events...)
+	m.notify()
+}
+
+// setReadiness takes what the checks say of services: their endpoints may have
+// changed even where the count did not. A service without a count keeps what
+// was known before.
+func (m *mesh) setReadiness(counts map[federation.ServiceID]federation.Readiness, touched ...federation.ServiceID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.own.readiness == nil {
+		m.own.readiness = make(map[federation.ServiceID]federation.Readiness)
+	}
+	for s, r := range counts {
+		m.own.readiness[s] = r
+		m.ownReadiness(s)
+	}
+	for _, s := range touched {
+		m.touched[s] = true
+	}
+	m.notify()
+}
+
+// setProbes replaces what the own gateways see of other clusters.
+func (m *mesh) setProbes(before, now map[federation.ClusterID]federation.Probe) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	world := m.world
+	for c := range before {
+		if _, ok := now[c]; !ok {
+			world = world.WithProbe(c, federation.ProbeUnknown)
+		}
+	}
+	for c, p := range now {
+		if c != m.self {
+			world = world.WithProbe(c, p)
+		}
+	}
+	if world != m.world {
+		m.world = world
+		m.notify()
+	}
+}
+
+// touchAll has every service carried out anew: something that all plans need,
+// such as a gateway's address, was resolved anew.
+func (m *mesh) touchAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for s := range m.vips {
+		m.touched[s] = true
+	}
+	m.notify()
+}
+
+func (m *mesh) notify() {
+	m.wake()
+	m.persist()
+}
+
+// wake has the present moment carried out, and persist has it written to disk.
+func (m *mesh) wake()    { raise(m.changed) }
+func (m *mesh) persist() { raise(m.dirty) }
+
+// raise sets a flag: a channel with room for one.
+func raise(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// scene is one consistent moment of a mesh, immutable but for its maps' owner:
+// what drive carries out.
+type scene struct {
+	catalog *federation.Catalog
+	world   *federation.World
+	touched map[federation.ServiceID]bool
+	trust   bool
+}
+
+// scene takes the present moment, and what was touched since the one before.
+func (m *mesh) scene() scene {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := scene{catalog: m.catalog, world: m.world, touched: m.touched, trust: m.trust}
+	m.touched, m.trust = make(map[federation.ServiceID]bool), false
+	return s
+}
+
+// present is the catalog and world of the moment.
+func (m *mesh) present() (*federation.Catalog, *federation.World) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.catalog, m.world
+}
+
+// believed is whom the mesh trusts at the moment.
+func (m *mesh) believed() (federation.Bundle, []federation.Denial, []*federationv1.Member) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var members []*federationv1.Member
+	for x := range m.catalog.Members() {
+		members = append(members, federationv1.EncodeMember(*x))
+	}
+	return m.bundle, m.inForce(), members
+}
+
+// vip is the clusterset address of a service here, invalid if it has none.
+func (m *mesh) vip(s federation.ServiceID) netip.Addr {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.vips[s]
+}
+
+// lookup implements directory: a service exists for DNS when it is in the
+// catalog and has an address.
+func (m *mesh) lookup(s federation.ServiceID) (netip.Addr, []federation.Port, bool) {
+	m.mu.Lock()
+	vip, catalog := m.vips[s], m.catalog
+	m.mu.Unlock()
+	svc, ok := catalog.ServiceFrom(s, m.self)
+	if !ok {
+		return netip.Addr{}, nil, false
+	}
+	return vip, svc.Ports, true
+}
+
+// hasNamespace implements directory.
+func (m *mesh) hasNamespace(ns string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.namespaces[ns] > 0
+}
+
+// ownService is one service of the source.
+func (m *mesh) ownService(s federation.ServiceID) (*service, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	svc, ok := m.own.services[s]
+	return svc, ok
+}
+
+// thresholds are the ready fractions at which policies move traffic away from
+// a service's clusters.
+func (m *mesh) thresholds(s federation.ServiceID) []federation.PerMille {
+	catalog, _ := m.present()
+	var out []federation.PerMille
+	for p := range catalog.Policies() {
+		if p.SpillBelow > 0 &&
+			(p.TargetNamespace == "" || p.TargetNamespace == s.Namespace) &&
+			(p.TargetService == "" || p.TargetService == s.Name) {
+			out = append(out, p.SpillBelow)
+		}
+	}
+	return out
+}
+
+// sameReport reports whether a stored record says what the agent reports: what
+// the controller decides alone does not count.
+func sameReport(stored, own *federationv1.Record) bool {
+	strip := func(r *federationv1.Record) ([]byte, error) {
+		switch r.GetBody().(type) {
+		case *federationv1.Record_Export:
+			e, err := r.GetExport().Decode()
+			if err != nil {
+				return nil, err
+			}
+			e.Accepted, e.Network = 0, ""
+			return federationv1.ExportRecord(e).Value()
+		case *federationv1.Record_Policy:
+			p, err := r.GetPolicy().Decode()
+			if err != nil {
+				return nil, err
+			}
+			p.Accepted = 0
+			return federationv1.PolicyRecord(p).Value()
+		}
+		return r.Value()
+	}
+	a, errA := strip(stored)
+	b, errB := strip(own)
+	return errA == nil && errB == nil && string(a) == string(b)
+}
+
+// service is a service as the own cluster sees it.
+func (m *mesh) service(s federation.ServiceID) (*federation.Service, bool) {
+	catalog, _ := m.present()
+	return catalog.ServiceFrom(s, m.self)
+}
+
+// snapshot is what is persisted: the records, by key, and the revision.
+func (m *mesh) snapshot() ([]*federationv1.Record, federation.Revision) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.held.sorted(), m.held.revision
+}

@@ -1,0 +1,250 @@
+package agent
+
+import (
+	"log/slog"
+	"sync"
+
+	"github.com/weftmesh/weft/federation"
+	federationv1 "github.com/weftmesh/weft/federation/v1"
+)
+
+// offering is what the cluster offers: the source's services and policies with
+// the outcomes of their checks. It hands changes on, to the mesh for the
+// cluster's own callers, and to the reporter for everybody else's. It is safe
+// for concurrent use.
+type offering struct {
+	cluster  federation.ClusterID
+	log      *slog.Logger
+	mesh     *mesh
+	report   *reporter
+	findings *findings
+	metrics  *metrics
+	// settled is called once, when every endpoint that the first reading named
+	// has had an outcome.
+	settled func()
+
+	mu       sync.Mutex
+	health   map[endpointKey]health
+	why      map[endpointKey]string // of failing ones
+	services map[federation.ServiceID]*service
+	reported map[string]bool // keys of what was handed to the reporter
+	read     bool            // a reading came
+	full     bool
+	// sure: outcomes count as they are. Until every endpoint of the first reading
+	// has had one, or had its time, a service keeps the readiness that an earlier
+	// process knew: a restart makes nobody unready.
+	sure bool
+}
+
+func newOffering(cluster federation.ClusterID, log *slog.Logger, m *mesh, r *reporter, f *findings, x *metrics) *offering {
+	return &offering{
+		cluster: cluster, log: log, mesh: m, report: r, findings: f, metrics: x,
+		settled:  func() {},
+		health:   make(map[endpointKey]health),
+		why:      make(map[endpointKey]string),
+		reported: make(map[string]bool),
+	}
+}
+
+// of is what the checks have shown of an endpoint.
+func (o *offering) of(k endpointKey) health {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.health[k]
+}
+
+// take replaces what the source says. full: there is nothing else. It returns
+// the checks that are to run.
+func (o *offering) take(services map[federation.ServiceID]*service, policies map[federation.PolicyID]federation.Policy, full bool) map[endpointKey]check {
+	o.mesh.setOwn(services, policies)
+	want := checks(services)
+	o.mu.Lock()
+	o.services, o.full, o.read = services, full, true
+	for k := range o.health {
+		if _, ok := want[k]; !ok {
+			delete(o.health, k)
+			delete(o.why, k)
+		}
+	}
+	report := make(map[string]*federationv1.Record)
+	for id, svc := range services {
+		if !svc.export {
+			continue
+		}
+		e := federationv1.ExportRecord(svc.offer(o.cluster))
+		report[e.GetKey()] = e
+		if ready := federationv1.ReadinessKey(federation.ExportID{Cluster: o.cluster, Service: id}).String(); o.reported[ready] {
+			report[ready] = o.readiness(svc)
+		}
+	}
+	for _, p := range policies {
+		r := federationv1.PolicyRecord(p)
+		report[r.GetKey()] = r
+	}
+	for key := range o.reported {
+		if report[key] == nil {
+			report[key] = nil // gone
+		}
+	}
+	for key, r := range report {
+		o.reported[key] = r != nil
+		if r == nil {
+			delete(o.reported, key)
+		}
+	}
+	o.mu.Unlock()
+	o.report.set(report)
+	o.recount()
+	return want
+}
+
+// readiness is the record of a service's readiness.
+func (o *offering) readiness(svc *service) *federationv1.Record {
+	r, _ := svc.readiness(func(k endpointKey) health { return o.health[k] })
+	return federationv1.ReadinessRecord(federation.ExportID{Cluster: o.cluster, Service: svc.id}, r)
+}
+
+// recount counts every service, when the outcomes are sure.
+func (o *offering) recount() {
+	o.mu.Lock()
+	if !o.sure {
+		o.sure = o.read && o.allSettled()
+		if !o.sure {
+			o.mu.Unlock()
+			return
+		}
+		defer o.settled()
+	}
+	full := o.full
+	ids := make([]federation.ServiceID, 0, len(o.services))
+	for id := range o.services {
+		ids = append(ids, id)
+	}
+	o.mu.Unlock()
+	o.count(ids...)
+	o.report.setFull(full)
+}
+
+// giveUp ends the wait for first outcomes: an endpoint without one is not
+// ready.
+func (o *offering) giveUp() {
+	o.mu.Lock()
+	if o.sure || !o.read {
+		o.mu.Unlock()
+		return
+	}
+	for k := range checks(o.services) {
+		if o.health[k] == healthUnknown {
+			o.health[k] = healthFailing
+		}
+	}
+	o.mu.Unlock()
+	o.recount()
+}
+
+func (o *offering) allSettled() bool {
+	for _, svc := range o.services {
+		if !svc.export {
+			continue
+		}
+		if _, settled := svc.readiness(func(k endpointKey) health { return o.health[k] }); !settled {
+			return false
+		}
+	}
+	return true
+}
+
+// count hands the readiness of services on.
+func (o *offering) count(ids ...federation.ServiceID) {
+	o.mu.Lock()
+	defer o.mu.Unlock() // held to the end: what is handed on later must be newer
+	counts := make(map[federation.ServiceID]federation.Readiness)
+	report := make(map[string]*federationv1.Record)
+	for _, id := range ids {
+		svc, ok := o.services[id]
+		if !ok || !svc.export {
+			continue
+		}
+		counts[id], _ = svc.readiness(func(k endpointKey) health { return o.health[k] })
+		r := o.readiness(svc)
+		report[r.GetKey()] = r
+		o.reported[r.GetKey()] = true
+	}
+	o.mesh.setReadiness(counts, ids...)
+	o.report.set(report)
+	o.measure()
+}
+
+// checked takes the outcome of an endpoint's check.
+func (o *offering) checked(k endpointKey, now health, why string) {
+	o.mu.Lock()
+	if _, ok := o.services[k.service]; !ok {
+		o.mu.Unlock()
+		return
+	}
+	before := o.health[k]
+	o.health[k] = now
+	if now == healthFailing {
+		o.why[k] = why
+	} else {
+		delete(o.why, k)
+	}
+	sure := o.sure
+	o.mu.Unlock()
+	level := slog.LevelInfo
+	if now == healthFailing {
+		level = slog.LevelWarn
+	}
+	o.log.Log(nil, level, "endpoint's readiness changed", "service", k.service.String(), "endpoint", k.endpoint,
+		"was", before.String(), "is", now.String(), "why", why)
+	o.findings.set("checks", o.failing())
+	if sure {
+		o.count(k.service)
+	} else {
+		o.recount()
+	}
+}
+
+// failing are the findings about failing endpoints, one for each service: all
+// its endpoints in one.
+func (o *offering) failing() []federation.Finding {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	type sum struct {
+		n    int
+		name string
+		why  string
+	}
+	sums := make(map[federation.ServiceID]*sum)
+	for k, why := range o.why {
+		s := sums[k.service]
+		if s == nil {
+			s = new(sum)
+			sums[k.service] = s
+		}
+		if s.n++; s.name == "" || k.endpoint < s.name {
+			s.name, s.why = k.endpoint, why
+		}
+	}
+	var list []federation.Finding
+	for id, s := range sums {
+		list = append(list, federation.NewFinding(federation.CodeHealthCheckFailing,
+			federation.Ref{Kind: "export", Name: federation.ExportID{Cluster: o.cluster, Service: id}.String()},
+			"%d of %d endpoints fail their check, for example %s: %s", s.n, len(o.services[id].endpoints), s.name, s.why))
+	}
+	return list
+}
+
+// measure sets the gauges.
+func (o *offering) measure() {
+	n := map[health]int{healthReady: 0, healthFailing: 0, healthUnknown: 0}
+	for _, svc := range o.services {
+		for _, e := range svc.endpoints {
+			n[svc.health(e, func(k endpointKey) health { return o.health[k] })]++
+		}
+	}
+	for h, k := range n {
+		o.metrics.endpoints.WithLabelValues(h.String()).Set(float64(k))
+	}
+	o.metrics.services.WithLabelValues("own").Set(float64(len(o.services)))
+}
