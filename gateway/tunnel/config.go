@@ -26,6 +26,11 @@ const (
 	maxQueuedControl  = 1 << 20   // bytes of other frames that may wait for a peer that does not read
 	headerTable       = 4096
 	maxHeaderFragment = 16 // frames in one header block
+
+	// settingCredit is a setting of our own (value 1): the sender returns the
+	// connection's credit at receipt. Peers that do not know it pass over it, as
+	// RFC 9113 wants.
+	settingCredit = 0x5745
 )
 
 // Config is what both ends of a tunnel need. The zero value of every field but
@@ -36,6 +41,11 @@ type Config struct {
 	// MaxStreams is how many streams may be open at once (1024). A server
 	// announces it; a client obeys the smaller of its own and the server's.
 	MaxStreams int
+	// LateStreams is a client's MaxStreams (the same, if 0) in a tunnel to a
+	// server that returns the connection's credit only when bytes are read, as
+	// Envoy does: more streams than its connection window holds stream windows
+	// could stop each other there.
+	LateStreams int
 	// StreamWindow and ConnWindow are the bytes that the peer may send ahead of
 	// the reader on one stream (1 MiB) and on all (64 MiB).
 	StreamWindow, ConnWindow int
@@ -79,6 +89,9 @@ func (c Config) withDefaults() Config {
 			*f.v = f.def
 		}
 		*f.v = min(*f.v, f.max)
+	}
+	if c.LateStreams <= 0 || c.LateStreams > c.MaxStreams {
+		c.LateStreams = c.MaxStreams
 	}
 	// The connection's window can only be raised from RFC 9113's initial one.
 	c.ConnWindow = max(c.ConnWindow, defaultWindow)

@@ -13,6 +13,8 @@ var (
 	ErrDraining = errors.New("tunnel is draining")
 	// ErrFull: as many streams are open as the peer or the configuration allows.
 	ErrFull = errors.New("tunnel has no room for another stream")
+	// ErrNoAnswer: the far side did not answer a stream in time.
+	ErrNoAnswer = errors.New("no answer in time")
 	// ErrClosed: this side closed the tunnel or the stream.
 	ErrClosed = errors.New("tunnel is closed")
 )

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
@@ -42,6 +43,8 @@ func (h Header) check() error {
 type Request struct {
 	Authority string // what to connect to, as the far side names it
 	Header    Header
+	// Within is how long the answer may take; 0 leaves that to the context.
+	Within time.Duration
 }
 
 // Response is the far side's answer with status 200.

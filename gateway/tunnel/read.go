@@ -284,6 +284,8 @@ func (t *Tunnel) onSettings(f *http2.SettingsFrame) error {
 			t.peerFrame = int(s.Val)
 		case http2.SettingMaxConcurrentStreams:
 			t.peerStreams = int(min(s.Val, math.MaxInt32))
+		case settingCredit:
+			t.peerCredits = s.Val == 1
 		case http2.SettingHeaderTableSize:
 			t.henc.SetMaxDynamicTableSize(min(s.Val, headerTable))
 		case http2.SettingInitialWindowSize:

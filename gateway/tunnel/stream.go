@@ -23,6 +23,7 @@ type Stream struct {
 	id     uint32
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	within time.Duration // Request.Within
 
 	// Guarded by t.mu.
 	sendWin  int64
@@ -94,11 +95,11 @@ func (t *Tunnel) Start(r Request) (*Stream, error) {
 		return nil, &OpenError{Safe: true, Err: errors.New("a server opens no streams")}
 	case t.draining || t.peerDraining || t.nextID > maxStreamID:
 		return nil, &OpenError{Safe: true, Err: ErrDraining}
-	case len(t.streams) >= min(t.peerStreams, t.cfg.MaxStreams):
+	case len(t.streams) >= t.most():
 		return nil, &OpenError{Safe: true, Err: ErrFull}
 	}
 	s := newStream(t, t.nextID)
-	s.answer = make(chan struct{})
+	s.answer, s.within = make(chan struct{}), r.Within
 	t.nextID += 2
 	t.add(s)
 	t.writeHeader(s.id, false, Header{{":method", "CONNECT"}, {":authority", r.Authority}}, r.Header)
@@ -112,8 +113,17 @@ func (s *Stream) Response(ctx context.Context) (Response, error) {
 	if s.answer == nil {
 		return Response{}, errors.New("an accepted stream has no response")
 	}
+	var late <-chan time.Time
+	if s.within > 0 {
+		timer := s.t.cfg.Clock.NewTimer(s.within)
+		defer timer.Stop()
+		late = timer.C()
+	}
 	select {
 	case <-s.answer:
+	case <-late:
+		s.abandon(ErrNoAnswer, http2.ErrCodeCancel)
+		<-s.answer
 	case <-ctx.Done():
 		s.abandon(context.Cause(ctx), http2.ErrCodeCancel)
 		<-s.answer
@@ -121,6 +131,30 @@ func (s *Stream) Response(ctx context.Context) (Response, error) {
 	s.t.mu.Lock()
 	defer s.t.mu.Unlock()
 	return s.response, s.refusal
+}
+
+// Await blocks until there is something to read or the peer has ended its
+// direction (nil), the stream is broken (why), or stop is closed (nil). It takes
+// nothing.
+func (s *Stream) Await(stop <-chan struct{}) error {
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	for {
+		s.rmu.Lock()
+		ready, err := len(s.in) > 0, s.recvErr
+		s.rmu.Unlock()
+		if ready || errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-s.readable:
+		case <-stop:
+			return nil
+		}
+	}
 }
 
 // Incoming is a stream that the peer asks for.

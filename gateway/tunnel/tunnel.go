@@ -42,6 +42,7 @@ type Tunnel struct {
 	lastPeer     uint32 // server: the highest id seen
 	handlers     int    // server: how many run
 	peerStreams  int    // client: what the server allows at once
+	peerCredits  bool   // it returns the connection's credit at receipt
 	peerFrame    int
 	peerWindow   int   // a new stream's sendWin
 	sendWin      int64 // of the connection
@@ -133,6 +134,7 @@ func (t *Tunnel) start(preface []byte, role http2.Setting) {
 		http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(t.cfg.StreamWindow)},
 		http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxFrame},
 		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: uint32(t.cfg.MaxHeaderBytes)},
+		http2.Setting{ID: settingCredit, Val: 1},
 	)
 	if more := t.cfg.ConnWindow - defaultWindow; more > 0 {
 		t.control.WriteWindowUpdate(0, uint32(more))
@@ -328,7 +330,16 @@ func (t *Tunnel) Room() int {
 	if t.handler != nil || t.draining || t.peerDraining || t.err != nil {
 		return 0
 	}
-	return max(0, min(t.peerStreams, t.cfg.MaxStreams)-len(t.streams))
+	return max(0, t.most()-len(t.streams))
+}
+
+// most is how many streams a client may have open. Callers hold mu.
+func (t *Tunnel) most() int {
+	own := t.cfg.LateStreams
+	if t.peerCredits {
+		own = t.cfg.MaxStreams
+	}
+	return min(t.peerStreams, own)
 }
 
 // Settled is closed when the peer's SETTINGS have come: only then is it certain

@@ -1,0 +1,367 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weftmesh/weft/federation/clock"
+	"github.com/weftmesh/weft/gateway/relay"
+	"github.com/weftmesh/weft/gateway/tunnel"
+	"github.com/weftmesh/weft/xds"
+)
+
+// Why a candidate is passed over, beside the errors of a dial or a tunnel.
+var (
+	errNoTLS    = errors.New("the endpoint names a TLS that its cluster does not have: it must not be connected to in plain text")
+	errNoRoute  = errors.New("this cluster does not serve it itself")
+	errNobody   = errors.New("no endpoint takes a connection")
+	errNoHealth = errors.New("no endpoint is known")
+)
+
+// carryOut takes a local caller's connection to one of the service's clusters.
+func (e *Engine) carryOut(c *net.TCPConn, l *xds.Listener) {
+	fw := l.Forward
+	r := &Record{
+		Direction: Out, Listener: l.Name, Source: addrOf(c.RemoteAddr()),
+		From: e.cfg.Cluster, Cluster: e.cfg.Cluster, Service: l.Name, Tier: -1,
+	}
+	if fw.Tunnel != nil {
+		r.Service = fw.Tunnel.Authority
+	}
+	e.begin(r)
+	defer e.finish(r)
+	b := e.balancer(fw.Cluster)
+	if b == nil {
+		r.End = "unserved: " + errNoHealth.Error()
+		hangUp(c)
+		return
+	}
+	chosen, backend, err := e.search(c, b, fw, r)
+	if err != nil {
+		r.End = "unserved: " + err.Error()
+		hangUp(c)
+		return
+	}
+	r.Connected = true
+	e.join(r, c, backend, relay.Options{Idle: fw.IdleTimeout}, func(res relay.Result) {
+		switch {
+		case res.ToClient > 0:
+			b.served(chosen)
+		case res.Reason == relay.BackendReset || res.Reason == relay.BackendLost:
+			e.note(b.broke(chosen), chosen, res.Err)
+		}
+	})
+}
+
+// hangUp closes a connection so that its other end sees a reset: the end of an
+// answer that never began must not look like an empty one.
+func hangUp(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+// join relays and writes the account.
+func (e *Engine) join(r *Record, client, backend relay.Conn, o relay.Options, judge func(relay.Result)) {
+	res := e.relay.Join(e.life, client, backend, o)
+	r.Sent, r.Received, r.End = res.ToBackend, res.ToClient, res.Reason.String()
+	if errors.Is(res.Err, ErrDrained) {
+		r.End = "drain deadline"
+	}
+	judge(res)
+}
+
+// search tries candidates until one takes the connection and does not break it
+// at once.
+func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record) (*candidate, relay.Conn, error) {
+	s := newSearch()
+	last := errNoHealth
+	for r.Attempts < fw.Attempts {
+		chosen := b.pick(s)
+		if chosen == nil {
+			if r.Attempts == 0 {
+				break
+			}
+			// All were tried. Once more, after a moment.
+			if clock.Sleep(e.life, e.clock, backoff(fw)) != nil {
+				break
+			}
+			s = newSearch()
+			if chosen = b.pick(s); chosen == nil {
+				break
+			}
+		}
+		r.Attempts++
+		backend, err := e.reach(b, chosen, fw, r)
+		if err == nil {
+			if err = firstByte(c, backend); err == nil {
+				b.connected(chosen)
+				e.metrics.attempts.WithLabelValues("connected").Inc()
+				return chosen, backend, nil
+			}
+			abandon(backend)
+			e.note(b.broke(chosen), chosen, err)
+		} else {
+			e.note(b.failed(chosen), chosen, err)
+		}
+		e.metrics.attempts.WithLabelValues(outcome(err)).Inc()
+		last = err
+		var refusal *tunnel.Refusal
+		if s.stay = chosen.locality; errors.As(err, &refusal) {
+			s.refused[chosen.locality], s.stay = true, nil
+		}
+		if e.life.Err() != nil {
+			break
+		}
+	}
+	if r.Attempts > 0 {
+		last = fmt.Errorf("%w, the last: %w", errNobody, last)
+	}
+	return nil, nil, last
+}
+
+func abandon(c relay.Conn) {
+	switch c := c.(type) {
+	case *net.TCPConn:
+		hangUp(c)
+	case interface{ Abort() }:
+		c.Abort()
+	}
+}
+
+func backoff(fw *xds.Forward) time.Duration {
+	if fw.BackoffMax <= fw.BackoffMin {
+		return fw.BackoffMin
+	}
+	return fw.BackoffMin + rand.N(fw.BackoffMax-fw.BackoffMin)
+}
+
+// note logs and counts an ejection.
+func (e *Engine) note(ejected bool, c *candidate, err error) {
+	if !ejected {
+		return
+	}
+	e.metrics.ejections.Inc()
+	e.log.Info("endpoint set aside", "endpoint", c.key, "cluster", string(c.locality.Cluster), "err", err)
+}
+
+// outcome is a failed attempt's label.
+func outcome(err error) string {
+	var refusal *tunnel.Refusal
+	switch {
+	case errors.As(err, &refusal):
+		return "refused"
+	case errors.Is(err, tunnel.ErrNoAnswer), errors.Is(err, errSlow), errors.Is(err, unix.ETIMEDOUT), isTimeout(err):
+		return "late"
+	case errors.Is(err, unix.ECONNREFUSED):
+		return "unreachable"
+	}
+	return "broken"
+}
+
+func isTimeout(err error) bool {
+	var ne net.Error
+	return errors.As(err, &ne) && ne.Timeout()
+}
+
+// reach connects to one candidate and writes into the record how.
+func (e *Engine) reach(b *balancer, c *candidate, fw *xds.Forward, r *Record) (relay.Conn, error) {
+	config := b.current()
+	r.Tier, r.Peer, r.Endpoint, r.Gateway = c.tier(), "", "", netip.AddrPort{}
+	if r.Cluster = c.locality.Cluster; r.Cluster == "" {
+		r.Cluster = e.cfg.Cluster
+	}
+	r.Decision, r.Revision = c.Labels[xds.LabelDecision], c.Labels[xds.LabelRevision]
+	if c.IsLocal() && fw.Tunnel != nil {
+		return e.reachOwn(fw.Tunnel.Authority, r)
+	}
+	if config.TLS == nil {
+		if fw.Tunnel != nil {
+			return nil, errNoTLS
+		}
+		r.Endpoint = c.key
+		return e.dial(c, config.ConnectTimeout)
+	}
+	t := config.TLS[c.TLS]
+	if t == nil || config.Tunnels == nil || fw.Tunnel == nil {
+		return nil, errNoTLS
+	}
+	r.Gateway = c.Addr
+	request := tunnel.Request{Authority: fw.Tunnel.Authority, Within: config.ConnectTimeout}
+	for _, h := range fw.Tunnel.Headers {
+		value := h.Value
+		if h.EndpointKey != "" {
+			value = c.Labels[h.EndpointKey]
+		}
+		if value != "" {
+			request.Header = append(request.Header, tunnel.Field{Name: h.Name, Value: value})
+		}
+	}
+	s, resp, via, err := e.pool(c, config, t).stream(e.life, request)
+	if via != nil {
+		r.Peer = via.peer
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.Endpoint = resp.Header.Get(xds.HeaderEndpoint)
+	return s, nil
+}
+
+// current is the configuration that b follows now.
+func (b *balancer) current() *xds.Cluster {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.config
+}
+
+// reachOwn is the short cut to this cluster's own endpoints: what an engine
+// that can only tunnel asks its local listener for.
+func (e *Engine) reachOwn(authority string, r *Record) (relay.Conn, error) {
+	config := e.config.Load()
+	for _, l := range config.Listeners {
+		if l.Kind != xds.LocalListener || l.Local == nil {
+			continue
+		}
+		table := config.Routes[l.Local.Routes]
+		if table == nil {
+			continue
+		}
+		if route := table.Routes[authority]; route != nil {
+			conn, own, _, err := e.connectOwn(route)
+			if err != nil {
+				return nil, err
+			}
+			r.Endpoint = own.key
+			return conn, nil
+		}
+	}
+	return nil, errNoRoute
+}
+
+// connectOwn connects to one of this cluster's own endpoints, trying others if
+// one does not answer.
+func (e *Engine) connectOwn(route *xds.Route) (conn *net.TCPConn, own *candidate, attempts int, err error) {
+	b := e.balancer(route.Cluster)
+	if b == nil {
+		return nil, nil, 0, errNoHealth
+	}
+	s := newSearch()
+	err = errNoHealth
+	for attempts < max(1, route.Attempts) {
+		own = b.pick(s)
+		if own == nil {
+			break
+		}
+		attempts++
+		conn, err = e.dial(own, b.current().ConnectTimeout)
+		if err == nil {
+			b.connected(own)
+			b.served(own) // whether it answers is for the caller to see
+			return conn, own, attempts, nil
+		}
+		e.note(b.failed(own), own, err)
+	}
+	return nil, nil, attempts, err
+}
+
+// dial connects to a plain endpoint. The timeout is a socket's, and so the
+// machine's time.
+func (e *Engine) dial(c *candidate, timeout time.Duration) (*net.TCPConn, error) {
+	if !c.Addr.IsValid() {
+		return nil, fmt.Errorf("%s is no address that the engine dials", c.key)
+	}
+	d := net.Dialer{Timeout: timeout, KeepAliveConfig: plainKeepAlive()}
+	conn, err := d.DialContext(e.life, "tcp", c.Addr.String())
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), nil
+}
+
+// firstByte waits until the caller has sent something, or the backend has, and
+// returns the error of a backend that broke before either: nothing is lost by
+// trying another one then.
+func firstByte(client *net.TCPConn, backend relay.Conn) error {
+	if readable(client) {
+		return nil
+	}
+	spoken, stop := make(chan struct{}), make(chan struct{})
+	broken := make(chan error, 1)
+	go func() {
+		awaitReadable(client)
+		close(spoken)
+	}()
+	go func() {
+		switch b := backend.(type) {
+		case *tunnel.Stream:
+			broken <- b.Await(stop)
+		case *net.TCPConn:
+			broken <- awaitReadable(b)
+		default:
+			broken <- nil
+		}
+	}()
+	past := time.Unix(1, 0)
+	var err error
+	select {
+	case <-spoken:
+		close(stop)
+		if tcp, ok := backend.(*net.TCPConn); ok {
+			_ = tcp.SetReadDeadline(past)
+			<-broken
+			_ = tcp.SetReadDeadline(time.Time{})
+		} else {
+			<-broken
+		}
+	case err = <-broken:
+		_ = client.SetReadDeadline(past)
+		<-spoken
+		_ = client.SetReadDeadline(time.Time{})
+	}
+	return err
+}
+
+// readable reports whether a read from c would not wait.
+func readable(c *net.TCPConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	ready := true
+	err = raw.Control(func(fd uintptr) { ready = peek(fd) != unix.EAGAIN })
+	return ready || err != nil
+}
+
+// awaitReadable blocks until c has bytes or has come to its end (nil), is
+// broken, or its read deadline is past (also nil).
+func awaitReadable(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var broken error
+	_ = raw.Read(func(fd uintptr) bool {
+		broken = peek(fd)
+		return broken != unix.EAGAIN
+	})
+	if broken == unix.EAGAIN {
+		return nil
+	}
+	return broken
+}
+
+func peek(fd uintptr) error {
+	var one [1]byte
+	for {
+		_, _, err := unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
