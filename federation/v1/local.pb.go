@@ -22,6 +22,94 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type IdentifyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentifyRequest) Reset() {
+	*x = IdentifyRequest{}
+	mi := &file_federation_v1_local_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentifyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentifyRequest) ProtoMessage() {}
+
+func (x *IdentifyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_v1_local_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentifyRequest.ProtoReflect.Descriptor instead.
+func (*IdentifyRequest) Descriptor() ([]byte, []int) {
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{0}
+}
+
+type IdentifyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Region        string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentifyResponse) Reset() {
+	*x = IdentifyResponse{}
+	mi := &file_federation_v1_local_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentifyResponse) ProtoMessage() {}
+
+func (x *IdentifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_v1_local_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentifyResponse.ProtoReflect.Descriptor instead.
+func (*IdentifyResponse) Descriptor() ([]byte, []int) {
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *IdentifyResponse) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IdentifyResponse) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
 type LocalIssueRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Csr           []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"`
@@ -31,7 +119,7 @@ type LocalIssueRequest struct {
 
 func (x *LocalIssueRequest) Reset() {
 	*x = LocalIssueRequest{}
-	mi := &file_federation_v1_local_proto_msgTypes[0]
+	mi := &file_federation_v1_local_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -43,7 +131,7 @@ func (x *LocalIssueRequest) String() string {
 func (*LocalIssueRequest) ProtoMessage() {}
 
 func (x *LocalIssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[0]
+	mi := &file_federation_v1_local_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -56,7 +144,7 @@ func (x *LocalIssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalIssueRequest.ProtoReflect.Descriptor instead.
 func (*LocalIssueRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{0}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *LocalIssueRequest) GetCsr() []byte {
@@ -76,7 +164,7 @@ type LocalIssueResponse struct {
 
 func (x *LocalIssueResponse) Reset() {
 	*x = LocalIssueResponse{}
-	mi := &file_federation_v1_local_proto_msgTypes[1]
+	mi := &file_federation_v1_local_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -88,7 +176,7 @@ func (x *LocalIssueResponse) String() string {
 func (*LocalIssueResponse) ProtoMessage() {}
 
 func (x *LocalIssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[1]
+	mi := &file_federation_v1_local_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -101,7 +189,7 @@ func (x *LocalIssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalIssueResponse.ProtoReflect.Descriptor instead.
 func (*LocalIssueResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{1}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *LocalIssueResponse) GetChain() *Chain {
@@ -132,7 +220,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_federation_v1_local_proto_msgTypes[2]
+	mi := &file_federation_v1_local_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -144,7 +232,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[2]
+	mi := &file_federation_v1_local_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -157,7 +245,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{2}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *AttachRequest) GetMessage() isAttachRequest_Message {
@@ -229,7 +317,7 @@ type ProxyHello struct {
 
 func (x *ProxyHello) Reset() {
 	*x = ProxyHello{}
-	mi := &file_federation_v1_local_proto_msgTypes[3]
+	mi := &file_federation_v1_local_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -241,7 +329,7 @@ func (x *ProxyHello) String() string {
 func (*ProxyHello) ProtoMessage() {}
 
 func (x *ProxyHello) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[3]
+	mi := &file_federation_v1_local_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -254,7 +342,7 @@ func (x *ProxyHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyHello.ProtoReflect.Descriptor instead.
 func (*ProxyHello) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{3}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ProxyHello) GetName() string {
@@ -305,7 +393,7 @@ type ProxyReport struct {
 
 func (x *ProxyReport) Reset() {
 	*x = ProxyReport{}
-	mi := &file_federation_v1_local_proto_msgTypes[4]
+	mi := &file_federation_v1_local_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -317,7 +405,7 @@ func (x *ProxyReport) String() string {
 func (*ProxyReport) ProtoMessage() {}
 
 func (x *ProxyReport) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[4]
+	mi := &file_federation_v1_local_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -330,7 +418,7 @@ func (x *ProxyReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxyReport.ProtoReflect.Descriptor instead.
 func (*ProxyReport) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{4}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ProxyReport) GetPeers() []*Peer {
@@ -374,7 +462,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_federation_v1_local_proto_msgTypes[5]
+	mi := &file_federation_v1_local_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -386,7 +474,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[5]
+	mi := &file_federation_v1_local_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -399,7 +487,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{5}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AttachResponse) GetMessage() isAttachResponse_Message {
@@ -458,7 +546,7 @@ type BundleUpdate struct {
 
 func (x *BundleUpdate) Reset() {
 	*x = BundleUpdate{}
-	mi := &file_federation_v1_local_proto_msgTypes[6]
+	mi := &file_federation_v1_local_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +558,7 @@ func (x *BundleUpdate) String() string {
 func (*BundleUpdate) ProtoMessage() {}
 
 func (x *BundleUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_local_proto_msgTypes[6]
+	mi := &file_federation_v1_local_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +571,7 @@ func (x *BundleUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleUpdate.ProtoReflect.Descriptor instead.
 func (*BundleUpdate) Descriptor() ([]byte, []int) {
-	return file_federation_v1_local_proto_rawDescGZIP(), []int{6}
+	return file_federation_v1_local_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *BundleUpdate) GetBundle() *Bundle {
@@ -511,7 +599,11 @@ var File_federation_v1_local_proto protoreflect.FileDescriptor
 
 const file_federation_v1_local_proto_rawDesc = "" +
 	"\n" +
-	"\x19federation/v1/local.proto\x12\x12weft.federation.v1\x1a\x18federation/v1/plan.proto\x1a\x1bfederation/v1/records.proto\x1a\x18federation/v1/sync.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"%\n" +
+	"\x19federation/v1/local.proto\x12\x12weft.federation.v1\x1a\x18federation/v1/plan.proto\x1a\x1bfederation/v1/records.proto\x1a\x18federation/v1/sync.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x11\n" +
+	"\x0fIdentifyRequest\"G\n" +
+	"\x10IdentifyResponse\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
+	"\x06region\x18\x02 \x01(\tR\x06region\"%\n" +
 	"\x11LocalIssueRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"y\n" +
 	"\x12LocalIssueResponse\x12/\n" +
@@ -541,8 +633,9 @@ const file_federation_v1_local_proto_rawDesc = "" +
 	"\fBundleUpdate\x122\n" +
 	"\x06bundle\x18\x01 \x01(\v2\x1a.weft.federation.v1.BundleR\x06bundle\x124\n" +
 	"\adenials\x18\x02 \x03(\v2\x1a.weft.federation.v1.DenialR\adenials\x124\n" +
-	"\amembers\x18\x03 \x03(\v2\x1a.weft.federation.v1.MemberR\amembers2\xb4\x01\n" +
-	"\x05Local\x12V\n" +
+	"\amembers\x18\x03 \x03(\v2\x1a.weft.federation.v1.MemberR\amembers2\x8b\x02\n" +
+	"\x05Local\x12U\n" +
+	"\bIdentify\x12#.weft.federation.v1.IdentifyRequest\x1a$.weft.federation.v1.IdentifyResponse\x12V\n" +
 	"\x05Issue\x12%.weft.federation.v1.LocalIssueRequest\x1a&.weft.federation.v1.LocalIssueResponse\x12S\n" +
 	"\x06Attach\x12!.weft.federation.v1.AttachRequest\x1a\".weft.federation.v1.AttachResponse(\x010\x01B5Z3github.com/weftmesh/weft/federation/v1;federationv1b\x06proto3"
 
@@ -558,41 +651,45 @@ func file_federation_v1_local_proto_rawDescGZIP() []byte {
 	return file_federation_v1_local_proto_rawDescData
 }
 
-var file_federation_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_federation_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_federation_v1_local_proto_goTypes = []any{
-	(*LocalIssueRequest)(nil),     // 0: weft.federation.v1.LocalIssueRequest
-	(*LocalIssueResponse)(nil),    // 1: weft.federation.v1.LocalIssueResponse
-	(*AttachRequest)(nil),         // 2: weft.federation.v1.AttachRequest
-	(*ProxyHello)(nil),            // 3: weft.federation.v1.ProxyHello
-	(*ProxyReport)(nil),           // 4: weft.federation.v1.ProxyReport
-	(*AttachResponse)(nil),        // 5: weft.federation.v1.AttachResponse
-	(*BundleUpdate)(nil),          // 6: weft.federation.v1.BundleUpdate
-	(*Chain)(nil),                 // 7: weft.federation.v1.Chain
-	(*Bundle)(nil),                // 8: weft.federation.v1.Bundle
-	(*Access)(nil),                // 9: weft.federation.v1.Access
-	(*Peer)(nil),                  // 10: weft.federation.v1.Peer
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(*Denial)(nil),                // 12: weft.federation.v1.Denial
-	(*Member)(nil),                // 13: weft.federation.v1.Member
+	(*IdentifyRequest)(nil),       // 0: weft.federation.v1.IdentifyRequest
+	(*IdentifyResponse)(nil),      // 1: weft.federation.v1.IdentifyResponse
+	(*LocalIssueRequest)(nil),     // 2: weft.federation.v1.LocalIssueRequest
+	(*LocalIssueResponse)(nil),    // 3: weft.federation.v1.LocalIssueResponse
+	(*AttachRequest)(nil),         // 4: weft.federation.v1.AttachRequest
+	(*ProxyHello)(nil),            // 5: weft.federation.v1.ProxyHello
+	(*ProxyReport)(nil),           // 6: weft.federation.v1.ProxyReport
+	(*AttachResponse)(nil),        // 7: weft.federation.v1.AttachResponse
+	(*BundleUpdate)(nil),          // 8: weft.federation.v1.BundleUpdate
+	(*Chain)(nil),                 // 9: weft.federation.v1.Chain
+	(*Bundle)(nil),                // 10: weft.federation.v1.Bundle
+	(*Access)(nil),                // 11: weft.federation.v1.Access
+	(*Peer)(nil),                  // 12: weft.federation.v1.Peer
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(*Denial)(nil),                // 14: weft.federation.v1.Denial
+	(*Member)(nil),                // 15: weft.federation.v1.Member
 }
 var file_federation_v1_local_proto_depIdxs = []int32{
-	7,  // 0: weft.federation.v1.LocalIssueResponse.chain:type_name -> weft.federation.v1.Chain
-	8,  // 1: weft.federation.v1.LocalIssueResponse.bundle:type_name -> weft.federation.v1.Bundle
-	3,  // 2: weft.federation.v1.AttachRequest.hello:type_name -> weft.federation.v1.ProxyHello
-	4,  // 3: weft.federation.v1.AttachRequest.report:type_name -> weft.federation.v1.ProxyReport
-	9,  // 4: weft.federation.v1.AttachRequest.access:type_name -> weft.federation.v1.Access
-	10, // 5: weft.federation.v1.ProxyReport.peers:type_name -> weft.federation.v1.Peer
-	11, // 6: weft.federation.v1.ProxyReport.svid_expires:type_name -> google.protobuf.Timestamp
-	6,  // 7: weft.federation.v1.AttachResponse.bundle:type_name -> weft.federation.v1.BundleUpdate
-	8,  // 8: weft.federation.v1.BundleUpdate.bundle:type_name -> weft.federation.v1.Bundle
-	12, // 9: weft.federation.v1.BundleUpdate.denials:type_name -> weft.federation.v1.Denial
-	13, // 10: weft.federation.v1.BundleUpdate.members:type_name -> weft.federation.v1.Member
-	0,  // 11: weft.federation.v1.Local.Issue:input_type -> weft.federation.v1.LocalIssueRequest
-	2,  // 12: weft.federation.v1.Local.Attach:input_type -> weft.federation.v1.AttachRequest
-	1,  // 13: weft.federation.v1.Local.Issue:output_type -> weft.federation.v1.LocalIssueResponse
-	5,  // 14: weft.federation.v1.Local.Attach:output_type -> weft.federation.v1.AttachResponse
-	13, // [13:15] is the sub-list for method output_type
-	11, // [11:13] is the sub-list for method input_type
+	9,  // 0: weft.federation.v1.LocalIssueResponse.chain:type_name -> weft.federation.v1.Chain
+	10, // 1: weft.federation.v1.LocalIssueResponse.bundle:type_name -> weft.federation.v1.Bundle
+	5,  // 2: weft.federation.v1.AttachRequest.hello:type_name -> weft.federation.v1.ProxyHello
+	6,  // 3: weft.federation.v1.AttachRequest.report:type_name -> weft.federation.v1.ProxyReport
+	11, // 4: weft.federation.v1.AttachRequest.access:type_name -> weft.federation.v1.Access
+	12, // 5: weft.federation.v1.ProxyReport.peers:type_name -> weft.federation.v1.Peer
+	13, // 6: weft.federation.v1.ProxyReport.svid_expires:type_name -> google.protobuf.Timestamp
+	8,  // 7: weft.federation.v1.AttachResponse.bundle:type_name -> weft.federation.v1.BundleUpdate
+	10, // 8: weft.federation.v1.BundleUpdate.bundle:type_name -> weft.federation.v1.Bundle
+	14, // 9: weft.federation.v1.BundleUpdate.denials:type_name -> weft.federation.v1.Denial
+	15, // 10: weft.federation.v1.BundleUpdate.members:type_name -> weft.federation.v1.Member
+	0,  // 11: weft.federation.v1.Local.Identify:input_type -> weft.federation.v1.IdentifyRequest
+	2,  // 12: weft.federation.v1.Local.Issue:input_type -> weft.federation.v1.LocalIssueRequest
+	4,  // 13: weft.federation.v1.Local.Attach:input_type -> weft.federation.v1.AttachRequest
+	1,  // 14: weft.federation.v1.Local.Identify:output_type -> weft.federation.v1.IdentifyResponse
+	3,  // 15: weft.federation.v1.Local.Issue:output_type -> weft.federation.v1.LocalIssueResponse
+	7,  // 16: weft.federation.v1.Local.Attach:output_type -> weft.federation.v1.AttachResponse
+	14, // [14:17] is the sub-list for method output_type
+	11, // [11:14] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -606,12 +703,12 @@ func file_federation_v1_local_proto_init() {
 	file_federation_v1_plan_proto_init()
 	file_federation_v1_records_proto_init()
 	file_federation_v1_sync_proto_init()
-	file_federation_v1_local_proto_msgTypes[2].OneofWrappers = []any{
+	file_federation_v1_local_proto_msgTypes[4].OneofWrappers = []any{
 		(*AttachRequest_Hello)(nil),
 		(*AttachRequest_Report)(nil),
 		(*AttachRequest_Access)(nil),
 	}
-	file_federation_v1_local_proto_msgTypes[5].OneofWrappers = []any{
+	file_federation_v1_local_proto_msgTypes[7].OneofWrappers = []any{
 		(*AttachResponse_Bundle)(nil),
 		(*AttachResponse_TraceSource)(nil),
 	}
@@ -621,7 +718,7 @@ func file_federation_v1_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_federation_v1_local_proto_rawDesc), len(file_federation_v1_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

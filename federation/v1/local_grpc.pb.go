@@ -19,8 +19,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Local_Issue_FullMethodName  = "/weft.federation.v1.Local/Issue"
-	Local_Attach_FullMethodName = "/weft.federation.v1.Local/Attach"
+	Local_Identify_FullMethodName = "/weft.federation.v1.Local/Identify"
+	Local_Issue_FullMethodName    = "/weft.federation.v1.Local/Issue"
+	Local_Attach_FullMethodName   = "/weft.federation.v1.Local/Attach"
 )
 
 // LocalClient is the client API for Local service.
@@ -31,6 +32,9 @@ const (
 // beside ADS on the same listener: a unix socket that stands for one identity,
 // or mTLS.
 type LocalClient interface {
+	// Identify says which identity the caller's credential stands for. It needs
+	// no controller.
+	Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error)
 	// Issue signs a key of the caller's own for the identity that its credential
 	// stands for.
 	Issue(ctx context.Context, in *LocalIssueRequest, opts ...grpc.CallOption) (*LocalIssueResponse, error)
@@ -44,6 +48,16 @@ type localClient struct {
 
 func NewLocalClient(cc grpc.ClientConnInterface) LocalClient {
 	return &localClient{cc}
+}
+
+func (c *localClient) Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IdentifyResponse)
+	err := c.cc.Invoke(ctx, Local_Identify_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 func (c *localClient) Issue(ctx context.Context, in *LocalIssueRequest, opts ...grpc.CallOption) (*LocalIssueResponse, error) {
@@ -77,6 +91,9 @@ type Local_AttachClient = grpc.BidiStreamingClient[AttachRequest, AttachResponse
 // beside ADS on the same listener: a unix socket that stands for one identity,
 // or mTLS.
 type LocalServer interface {
+	// Identify says which identity the caller's credential stands for. It needs
+	// no controller.
+	Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error)
 	// Issue signs a key of the caller's own for the identity that its credential
 	// stands for.
 	Issue(context.Context, *LocalIssueRequest) (*LocalIssueResponse, error)
@@ -92,6 +109,9 @@ type LocalServer interface {
 // pointer dereference when methods are called.
 type UnimplementedLocalServer struct{}
 
+func (UnimplementedLocalServer) Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Identify not implemented")
+}
 func (UnimplementedLocalServer) Issue(context.Context, *LocalIssueRequest) (*LocalIssueResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Issue not implemented")
 }
@@ -117,6 +137,24 @@ func RegisterLocalServer(s grpc.ServiceRegistrar, srv LocalServer) {
 		t.testEmbeddedByValue()
 	}
 	s.RegisterService(&Local_ServiceDesc, srv)
+}
+
+func _Local_Identify_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IdentifyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(LocalServer).Identify(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Local_Identify_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(LocalServer).Identify(ctx, req.(*IdentifyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
 }
 
 func _Local_Issue_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
@@ -151,6 +189,10 @@ var Local_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "weft.federation.v1.Local",
 	HandlerType: (*LocalServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Identify",
+			Handler:    _Local_Identify_Handler,
+		},
 		{
 			MethodName: "Issue",
 			Handler:    _Local_Issue_Handler,
