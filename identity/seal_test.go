@@ -178,3 +178,37 @@ func TestAuthoritiesAreStoredAndOpened(t *testing.T) {
 		}
 	}
 }
+
+// Whatever is stored as an authority's record: no panic, and what opens has the
+// key of its own certificate and signs what its certificate may.
+func FuzzOpenAuthority(f *testing.F) {
+	m := newMesh(f, t0)
+	kek := must(identity.NewKEK(bytes.Repeat([]byte{1}, 32)))(f)
+	for _, a := range []*identity.Authority{m.root, m.region, m.operators} {
+		f.Add(must(must(a.Seal(kek, "p"))(f).Marshal())(f))
+	}
+	f.Add([]byte(`{"version":1,"kind":"root","trustDomain":"mesh.example","chain":"-----BEGIN CERTIFICATE-----","sealedKey":"d2VmdHNlYWwB"}`))
+	key := must(identity.NewKey())(f)
+	f.Fuzz(func(t *testing.T, stored []byte) {
+		record, err := identity.ParseAuthorityRecord(stored)
+		if err != nil {
+			return
+		}
+		a, err := identity.OpenAuthority(record, kek, "p")
+		if err != nil {
+			return
+		}
+		var signed *x509.Certificate
+		switch a.Kind() {
+		case identity.KindRoot:
+			signed = must(a.NewRegion("eu", m.lifetimes, t0))(t).Certificate()
+		case identity.KindRegion:
+			signed = must(a.SignLeaf(identity.Admitted{ID: must(identity.AgentID(td, "eu-1"))(t), Key: &key.PublicKey}, m.lifetimes, t0))(t)[0]
+		case identity.KindOperators:
+			signed = must(a.SignLeaf(identity.Admitted{ID: must(identity.OperatorID(td, "ada"))(t), Key: &key.PublicKey}, m.lifetimes, t0))(t)[0]
+		}
+		if err := signed.CheckSignatureFrom(must(record.Certificates())(t)[0]); err != nil {
+			t.Errorf("%v: %v", a, err)
+		}
+	})
+}

@@ -312,6 +312,15 @@ func TestPeerOfBelievesNothingThatWasNotVerified(t *testing.T) {
 	if p, ok := v.PeerOf(tls.ConnectionState{HandshakeComplete: true, PeerCertificates: chain}); ok {
 		t.Errorf("a state from nowhere proves %v", p)
 	}
+	// A peer that is known, on a connection that is not complete.
+	first := meet(t, v.Server(identity.ServerConfig{SVID: m.svid(t, ctl, t0), Authorize: identity.AllowAny()}), v.Client(identity.ClientConfig{SVID: m.svid(t, agentEU, t0), Authorize: identity.AllowAny()}))
+	if _, ok := v.PeerOf(first.servView); !ok {
+		t.Fatal("a verified peer is not known")
+	}
+	first.servView.HandshakeComplete = false
+	if p, ok := v.PeerOf(first.servView); ok {
+		t.Errorf("half a handshake proves %v", p)
+	}
 	// A true connection of a config that this verifier has not made.
 	careless := v.Server(identity.ServerConfig{SVID: m.svid(t, ctl, t0), Authorize: identity.AllowAny()})
 	careless.VerifyConnection = nil

@@ -198,6 +198,31 @@ func TestHandshakesAreCounted(t *testing.T) {
 	}
 }
 
+// Whatever a peer shows as its chain: no panic, and nobody is verified but by
+// the one leaf that was signed.
+func FuzzVerifyChain(f *testing.F) {
+	m := newMesh(f, t0)
+	v := identity.NewVerifier(identity.VerifierConfig{Clock: &setClock{now: t0}, Mesh: m.bundle, Operators: m.people})
+	chain, _ := m.leaf(f, spiffeid.RequireFromString(agentEU), t0)
+	pin := identity.PinOf(m.root.Root())
+	f.Add(chain[0].Raw, chain[1].Raw)
+	f.Add(m.svid(f, ada, t0).Certificates[0].Raw, m.operators.Root().Raw)
+	f.Add(forge(f, m.root, spiffeid.RequireFromString("spiffe://mesh.example/x"), t0)[0].Raw, m.root.Root().Raw)
+	f.Add([]byte{0x30, 0x80}, []byte{})
+	f.Fuzz(func(t *testing.T, leaf, above []byte) {
+		shown, err := identity.ParseRawChain([][]byte{leaf, above})
+		if err != nil {
+			return
+		}
+		if p, err := v.Verify(shown); err == nil && !shown[0].Equal(chain[0]) && p.Role != identity.RoleOperator {
+			t.Errorf("%v is verified", p)
+		}
+		if p, err := identity.VerifyPin(shown, pin, t0); err == nil {
+			t.Errorf("%v is pinned", p)
+		}
+	})
+}
+
 // Handshakes per second on one core for both ends, with and without the memory
 // of verified chains.
 func BenchmarkHandshake(b *testing.B) {
