@@ -23,7 +23,9 @@ const handshakeTime = 5 * time.Second
 // admit takes a connection of another cluster: it passes it on by name, or ends
 // its TLS and serves its streams. Nothing is answered before the name is known.
 func (e *Engine) admit(c *net.TCPConn, l *xds.Listener) {
+	stop := e.interrupt(c)
 	hello, err := relay.ReadClientHello(c, relay.HelloLimits{Time: l.HelloTimeout})
+	stop()
 	if err != nil {
 		var he *relay.HelloError
 		if errors.As(err, &he) {
@@ -171,14 +173,13 @@ func (e *Engine) terminate(c *net.TCPConn, l *xds.Listener, chain *xds.Chain, he
 	if err := in.trusted(); err != nil { // it may have changed since the handshake
 		in.tunnel.Close()
 	}
-	if e.closing.Load() { // Drain has not seen it
+	switch { // Drain or Close may not have seen it
+	case e.life.Err() != nil:
+		in.tunnel.Close()
+	case e.closing.Load():
 		in.tunnel.Drain()
 	}
-	select {
-	case <-in.tunnel.Done():
-	case <-e.life.Done():
-		in.tunnel.Close()
-	}
+	<-in.tunnel.Done()
 }
 
 // serve answers one stream: who asks, what for, and then a backend of our own.

@@ -137,6 +137,11 @@ func (e *Engine) accept(s *socket) {
 	}
 }
 
+// interrupt makes reads of c fail when the engine ends, until stop is called.
+func (e *Engine) interrupt(c *net.TCPConn) (stop func() bool) {
+	return context.AfterFunc(e.life, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
+}
+
 // serve takes one accepted connection to its end.
 func (e *Engine) serve(c net.Conn, l *xds.Listener) {
 	defer c.Close()
@@ -145,9 +150,6 @@ func (e *Engine) serve(c net.Conn, l *xds.Listener) {
 		e.log.Warn("a connection that is not TCP", "listener", l.Name)
 		return
 	}
-	// What waits in the reads below ends with the engine.
-	stop := context.AfterFunc(e.life, func() { _ = tcp.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
 	if l.Kind == xds.ImportListener {
 		e.carryOut(tcp, l)
 		return

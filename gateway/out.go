@@ -99,7 +99,10 @@ func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record)
 		r.Attempts++
 		backend, err := e.reach(b, chosen, fw, r)
 		if err == nil {
-			if err = firstByte(c, backend); err == nil {
+			stop := e.interrupt(c)
+			err = firstByte(c, backend)
+			stop()
+			if err == nil {
 				b.connected(chosen)
 				e.metrics.attempts.WithLabelValues("connected").Inc()
 				return chosen, backend, nil

@@ -301,12 +301,8 @@ func (p *pool) connectOnce(ctx context.Context, limits xds.HTTP2) (*outTunnel, t
 	select {
 	case <-t.Settled():
 		p.e.metrics.tunnels.WithLabelValues("client").Inc()
-		p.e.work.Go(func() { // whatever becomes of it, it ends with the engine
-			select {
-			case <-t.Done():
-			case <-p.e.life.Done():
-				t.Close()
-			}
+		p.e.work.Go(func() {
+			<-t.Done() // at the latest when Close has ended it, or its last stream
 			p.e.metrics.tunnels.WithLabelValues("client").Dec()
 		})
 		return t, rtt, nil
