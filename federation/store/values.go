@@ -8,6 +8,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/weftmesh/weft/federation"
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
 
@@ -61,30 +62,31 @@ func decodeRecord(key string, value []byte, created int64) (*federationv1.Record
 // object that the key names.
 func checkBody(key string, r *federationv1.Record) error {
 	parts := strings.Split(key, "/")
-	want, ok := "", false
+	want, n := key, 0 // the key that fits, and how many parts it has
 	switch b := r.GetBody().(type) {
 	case *federationv1.Record_Member:
-		want, ok = dirCluster+b.Member.GetCluster(), b.Member != nil
+		want, n = dirCluster+b.Member.GetCluster(), 2
 	case *federationv1.Record_Export:
-		want, ok = dirExport+b.Export.GetCluster()+"/"+b.Export.GetNamespace()+"/"+b.Export.GetName(), b.Export != nil
+		want, n = dirExport+b.Export.GetCluster()+"/"+b.Export.GetNamespace()+"/"+b.Export.GetName(), 4
 	case *federationv1.Record_Policy:
-		want, ok = policyKey(b.Policy.GetOrigin(), b.Policy.GetNamespace(), b.Policy.GetName()), b.Policy != nil
+		want, n = policyKey(b.Policy.GetOrigin(), b.Policy.GetNamespace(), b.Policy.GetName()), 4
 	case *federationv1.Record_Denial:
-		want, ok = fmt.Sprintf("%s%s/%d", dirDeny, b.Denial.GetCluster(), b.Denial.GetGeneration()), b.Denial != nil
+		want, n = denyKey(federation.ClusterID(b.Denial.GetCluster()), b.Denial.GetGeneration()), 3
 	case *federationv1.Record_Bundle:
-		want, ok = keyBundle, b.Bundle != nil
+		want, n = keyBundle, 1
 	case *federationv1.Record_Readiness:
-		want, ok = key, dirOf(key) == dirReady && len(parts) == 4
+		want, n = inDir(key, dirReady), 4
 	case *federationv1.Record_Silence:
-		want, ok = key, dirOf(key) == dirLiveness && len(parts) == 2
+		want, n = inDir(key, dirLiveness), 2
 	case *federationv1.Record_Drain:
-		want, ok = key, dirOf(key) == dirDrain && len(parts) == 2
+		want, n = inDir(key, dirDrain), 2
 	case *federationv1.Record_Vip:
-		want, ok = key, dirOf(key) == dirVip && len(parts) == 4
+		want, n = inDir(key, dirVip), 4
 	case *federationv1.Record_Finding:
-		want, ok = key, dirOf(key) == dirFinding && len(parts) >= 4
+		// Its subject may hold slashes.
+		want, n = inDir(key, dirFinding), max(4, len(parts))
 	}
-	if !ok || want != key {
+	if want != key || n != len(parts) {
 		return fmt.Errorf("key %q does not fit its record (%T): %w", key, r.GetBody(), ErrForbidden)
 	}
 	for _, p := range parts {
@@ -93,6 +95,14 @@ func checkBody(key string, r *federationv1.Record) error {
 		}
 	}
 	return nil
+}
+
+// inDir is key where it lies below dir, else nothing.
+func inDir(key, dir string) string {
+	if dirOf(key) != dir {
+		return ""
+	}
+	return key
 }
 
 // encodeState is the value of a key of the store's own.
