@@ -37,8 +37,10 @@ func liveness(ctx context.Context, term *Term, cluster string) error {
 }
 
 func TestPausedLeaderChangesNothing(t *testing.T) {
-	e := newEtcd(t, 1)
-	a, b := open(t, e.config()), open(t, e.config())
+	t.Parallel()
+	cfg := newEtcd(t, 1).config()
+	cfg.ElectionTTL = time.Second
+	a, b := open(t, cfg), open(t, cfg)
 	ctx, cancel := context.WithCancel(timeout(t))
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -121,6 +123,7 @@ func TestPausedLeaderChangesNothing(t *testing.T) {
 // The compare itself must hold, not only the read before it: the term ends
 // between the two.
 func TestTermEndsBetweenReadAndWrite(t *testing.T) {
+	t.Parallel()
 	var f fault
 	e := newEtcd(t, 1)
 	cfg := e.config()
@@ -148,6 +151,7 @@ func TestTermEndsBetweenReadAndWrite(t *testing.T) {
 }
 
 func TestLeadershipPassesOn(t *testing.T) {
+	t.Parallel()
 	e := newEtcd(t, 1)
 	ctx := timeout(t)
 	led := make(chan string)

@@ -18,6 +18,7 @@ type fault struct {
 	mu     sync.Mutex
 	decide func(n int, req *pb.TxnRequest) verdict // nil lets everything pass
 	writes int
+	after  func()           // runs after the commit of a write whose reply is lost
 	held   []*pb.TxnRequest // requests that were lost, to be delivered late
 }
 
@@ -54,6 +55,9 @@ func (f *fault) option() grpc.DialOption {
 		case loseReply:
 			if err := invoke(ctx, method, req, reply, cc, opts...); err != nil {
 				return err
+			}
+			if f.after != nil {
+				f.after()
 			}
 			return errCut
 		}

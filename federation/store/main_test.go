@@ -17,6 +17,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var testDomain = spiffeid.RequireTrustDomainFromString("mesh.test")
 
+func federationTestDomain(name string) spiffeid.TrustDomain {
+	return spiffeid.RequireTrustDomainFromString(name + ".test")
+}
+
 // testDir is a data directory with a path that is short enough for sockets.
 func testDir(t testing.TB) string {
 	t.Helper()

@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -36,6 +37,7 @@ func (s *Store) Register(ctx context.Context, m *federationv1.Member, tok Token)
 		return nil, federation.Revision{}, err
 	}
 	var out federation.Revision
+	used := false
 	err = retry(ctx, "register", func() error {
 		sn, err := s.read(ctx, clusterKey(c), enrolmentKey(c), tokenKey(tok.Hash))
 		if err != nil {
@@ -69,11 +71,13 @@ func (s *Store) Register(ctx context.Context, m *federationv1.Member, tok Token)
 		t.putRecord(memberRecord(m))
 		s.putToken(t, m, tok, lease)
 		rev, err := s.commit(ctx, t)
-		out = sn.at(rev)
+		out, used = sn.at(rev), err == nil || errors.Is(err, ErrUnknown)
 		return err
 	})
-	if err != nil {
+	if !used {
 		s.revoke(lease)
+	}
+	if err != nil {
 		return nil, federation.Revision{}, err
 	}
 	return m, out, nil
@@ -119,7 +123,8 @@ func (s *Store) putToken(t *txn, m *federationv1.Member, tok Token, lease client
 
 // CreateToken makes one more join token for a registered cluster: pending,
 // active (its agent has lost its key), or quarantined for Config.ReuseAfter.
-// After ErrUnknown, the same token may be created again.
+// ErrExists where the token's hash is known; after ErrUnknown that means that
+// the first call had succeeded.
 func (s *Store) CreateToken(ctx context.Context, c federation.ClusterID, tok Token) error {
 	lease, err := s.grantToken(ctx, tok)
 	if err != nil {
@@ -147,7 +152,7 @@ func (s *Store) CreateToken(ctx context.Context, c federation.ClusterID, tok Tok
 		_, err = s.commit(ctx, t)
 		return err
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrUnknown) {
 		s.revoke(lease)
 	}
 	return err

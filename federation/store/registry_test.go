@@ -27,6 +27,7 @@ func join(t testing.TB, s *Store, name string) *federationv1.Member {
 }
 
 func TestRegisterAndEnrol(t *testing.T) {
+	t.Parallel()
 	forEachEtcd(t, func(t *testing.T, s *Store) {
 		ctx := timeout(t)
 		m, registered, err := s.Register(ctx, member("eu-1"), token("aa"))
@@ -70,6 +71,7 @@ func TestRegisterAndEnrol(t *testing.T) {
 }
 
 func TestTokenExpires(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	if _, _, err := s.Register(ctx, member("eu-1"), Token{Hash: "aa", TTL: time.Second}); err != nil {
@@ -93,6 +95,7 @@ func TestTokenExpires(t *testing.T) {
 }
 
 func TestOneTokenForOneKeyUnderConcurrency(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	if _, _, err := s.Register(ctx, member("eu-1"), token("aa")); err != nil {
@@ -129,6 +132,7 @@ func TestOneTokenForOneKeyUnderConcurrency(t *testing.T) {
 }
 
 func TestUpdateMember(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	join(t, s, "eu-1")
@@ -169,6 +173,7 @@ func TestUpdateMember(t *testing.T) {
 }
 
 func TestAdoptMember(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	lost := member("eu-9")

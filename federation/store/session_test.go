@@ -70,6 +70,7 @@ func keysBelow(m map[string]*federationv1.Record, dir string) (n int) {
 }
 
 func TestReport(t *testing.T) {
+	t.Parallel()
 	forEachEtcd(t, func(t *testing.T, s *Store) {
 		ctx := timeout(t)
 		join(t, s, "eu-1")
@@ -132,6 +133,7 @@ func TestReport(t *testing.T) {
 }
 
 func TestLargeReportIsChunked(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	join(t, s, "eu-1")
@@ -177,6 +179,7 @@ func TestLargeReportIsChunked(t *testing.T) {
 }
 
 func TestSessionWritesItsOwnKeysOnly(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	join(t, s, "eu-1")
@@ -213,6 +216,7 @@ func TestSessionWritesItsOwnKeysOnly(t *testing.T) {
 }
 
 func TestStaleSessionChangesNothing(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(context.Context, *testing.T, *Store){
 		"taken over": func(_ context.Context, t *testing.T, s *Store) { session(t, s, "eu-1") },
 		"taken over by another controller": func(_ context.Context, t *testing.T, s *Store) {
@@ -281,6 +285,7 @@ func sameEtcd(s *Store) Config {
 }
 
 func TestRegistrationChangesDuringSession(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	join(t, s, "eu-1")
@@ -323,6 +328,7 @@ func TestRegistrationChangesDuringSession(t *testing.T) {
 }
 
 func TestNothingIsRemovedBeforeTheFullSetIsIn(t *testing.T) {
+	t.Parallel()
 	// The controller dies after the first of several transactions of a full
 	// report; the agent comes back at another one.
 	var f fault
@@ -377,6 +383,7 @@ func TestNothingIsRemovedBeforeTheFullSetIsIn(t *testing.T) {
 }
 
 func TestRestartLosesNothing(t *testing.T) {
+	t.Parallel()
 	cfg := embeddedConfig(t)
 	s := open(t, cfg)
 	ctx := timeout(t)

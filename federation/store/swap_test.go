@@ -25,6 +25,7 @@ func vip(cluster, name, addr string) *federationv1.Record {
 }
 
 func TestPolicy(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	p := policyRecord("regional", "pay", 500).GetPolicy()
@@ -53,6 +54,7 @@ func TestPolicy(t *testing.T) {
 }
 
 func TestSwap(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	full, half := drain("eu-1", 1000), drain("eu-1", 500)
@@ -85,6 +87,7 @@ func TestSwap(t *testing.T) {
 }
 
 func TestVipBelongsToOneService(t *testing.T) {
+	t.Parallel()
 	s := open(t, embeddedConfig(t))
 	ctx := timeout(t)
 	lead(t, s, "leader", func(term *Term) {
