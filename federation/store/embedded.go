@@ -137,6 +137,15 @@ func (sv *server) watch(ctx context.Context, fail func(error)) {
 	}
 }
 
+func (sv *server) stopped() bool {
+	select {
+	case <-sv.etcd.Server.StopNotify():
+		return true
+	default:
+		return false
+	}
+}
+
 // stop is graceful, and safe on a server that did not start.
 func (sv *server) stop() {
 	sv.level.SetLevel(zapcore.FatalLevel)

@@ -13,6 +13,8 @@ import (
 	"net/url"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // probeTimeout bounds the look at one endpoint before it is used.
@@ -116,7 +118,7 @@ func probe(ctx context.Context, u *url.URL, tc *tls.Config) error {
 		secured := tls.Client(conn, tc)
 		if err := secured.HandshakeContext(ctx); err != nil {
 			var record tls.RecordHeaderError
-			if errors.As(err, &record) {
+			if errors.As(err, &record) || errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
 				return errors.New("no TLS is spoken there: is it http, or not etcd?")
 			}
 			return fmt.Errorf("TLS: %w", err)

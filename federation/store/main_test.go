@@ -13,7 +13,16 @@ import (
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m,
+		// Members of a three-member etcd leave idle connections to each other. The
+		// store itself uses no net/http.
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*conn).serve"),
+		goleak.IgnoreAnyFunction("net/http.(*connReader).backgroundRead"),
+	)
+}
 
 var testDomain = spiffeid.RequireTrustDomainFromString("mesh.test")
 

@@ -188,7 +188,7 @@ func (s *Store) beginIncarnation(ctx context.Context, sn *snapshot, cluster uint
 		EtcdClusterId: cluster, Began: timestamppb.New(s.clock.Now()), Recovering: recovering,
 	}
 	t.require(sn.compare(keyMeta)...)
-	t.putState(s, keyMeta, &federationv1.State{Body: &federationv1.State_Meta{Meta: meta}}, 0)
+	t.putState(s, keyMeta, metaState(meta), 0)
 	t.putState(s, keyHead, &federationv1.State{}, 0)
 	if recovering {
 		t.deleteBelow(dirToken)
@@ -203,6 +203,10 @@ func (s *Store) beginIncarnation(ctx context.Context, sn *snapshot, cluster uint
 		s.log.InfoContext(ctx, "made a new store", "incarnation", meta.GetIncarnation())
 	}
 	return nil
+}
+
+func metaState(m *federationv1.Meta) *federationv1.State {
+	return &federationv1.State{Body: &federationv1.State_Meta{Meta: m}}
 }
 
 // BeginIncarnation declares the store restored: for a restore that the store
@@ -229,7 +233,7 @@ func (s *Store) EndRecovery(ctx context.Context) error {
 		t := s.begin("end_recovery", sn)
 		t.require(sn.compare(keyMeta)...)
 		sn.meta.Recovering = false
-		t.putState(s, keyMeta, &federationv1.State{Body: &federationv1.State_Meta{Meta: sn.meta}}, 0)
+		t.putState(s, keyMeta, metaState(sn.meta), 0)
 		t.putState(s, keyHead, &federationv1.State{}, 0)
 		_, err = s.commit(ctx, t)
 		return err
@@ -253,6 +257,10 @@ type Status struct {
 // Status asks the first endpoint that answers.
 func (s *Store) Status(ctx context.Context) (Status, error) {
 	st := Status{Embedded: s.server != nil, Endpoints: s.client.Endpoints()}
+	if s.server != nil && s.server.stopped() {
+		// etcd would answer by a panic.
+		return st, errors.New("store: embedded etcd has stopped")
+	}
 	var errs error
 	for _, ep := range st.Endpoints {
 		call, cancel := context.WithTimeout(ctx, readTimeout)
