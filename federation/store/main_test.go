@@ -2,18 +2,28 @@ package store
 
 import (
 	"context"
+	"flag"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
+
+	"github.com/weftmesh/weft/federation"
 
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
 
 func TestMain(m *testing.M) {
+	// The model works on a real etcd, so fewer runs than rapid's 100 must do.
+	if err := flag.Set("rapid.checks", "12"); err != nil {
+		panic(err)
+	}
 	goleak.VerifyTestMain(m,
 		// Members of a three-member etcd leave idle connections to each other. The
 		// store itself uses no net/http.
@@ -71,3 +81,10 @@ func member(name string) *federationv1.Member {
 }
 
 func token(hash string) Token { return Token{Hash: hash, TTL: 15 * time.Minute, By: "ada"} }
+
+func clusterID(name string) federation.ClusterID { return federation.ClusterID(name) }
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// repairs is how often verification had to mend the view.
+func (s *Store) repairs() float64 { return testutil.ToFloat64(s.metrics.repairs) }

@@ -324,7 +324,12 @@ func (s *Store) findOwn(ctx context.Context, t *txn) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, readTimeout)
 		resp, err := s.client.Get(ctx, key, clientv3.WithRev(rev))
 		cancel()
-		if err != nil {
+		switch {
+		case errors.Is(err, rpctypes.ErrCompacted):
+			// The history is gone. Sending again is safe still; where that fails,
+			// the method decides anew, as if it were called a second time.
+			return 0, nil
+		case err != nil:
 			return 0, fmt.Errorf("%s: %w: %w", t.name, ErrUnknown, err)
 		}
 		if len(resp.Kvs) == 0 || resp.Kvs[0].ModRevision <= t.base {

@@ -109,9 +109,9 @@ func (v *view) follows(ctx context.Context) error {
 		clientv3.WithProgressNotify(), clientv3.WithFragment(), clientv3.WithCreatedNotify())
 	verify := s.clock.NewTimer(s.jitter(s.cfg.VerifyEvery))
 	defer verify.Stop()
-	quiet := time.NewTicker(watchQuiet)
+	quiet := time.NewTicker(time.Second)
 	defer quiet.Stop()
-	heard := time.Now()
+	heard, asked := time.Now(), time.Now()
 	for {
 		select {
 		case resp, ok := <-responses:
@@ -126,13 +126,11 @@ func (v *view) follows(ctx context.Context) error {
 			switch silent := time.Since(heard); {
 			case silent > watchDead:
 				return errLost
-			case silent >= watchQuiet:
-				// Bounded, for it waits for a stream.
-				ask, done := context.WithTimeout(ctx, time.Second)
-				if err := s.client.RequestProgress(ask); err != nil {
-					s.log.DebugContext(ctx, "asking the watch for its progress", "error", err)
+			case silent >= watchQuiet && time.Since(asked) >= watchQuiet:
+				asked = time.Now()
+				if err := v.ask(ctx); err != nil {
+					return err
 				}
-				done()
 			}
 		case <-verify.C():
 			if err := v.verify(ctx); err != nil {
@@ -144,6 +142,24 @@ func (v *view) follows(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// ask makes a silent watch speak. A watch that resumed at a revision which a
+// restored etcd has not reached stays silent for good reason, and would miss
+// everything: so it looks at etcd's revision itself as well.
+func (v *view) ask(ctx context.Context) error {
+	// Bounded, for it waits for a stream.
+	asking, done := context.WithTimeout(ctx, time.Second)
+	defer done()
+	if err := v.store.client.RequestProgress(asking); err != nil {
+		v.store.log.DebugContext(ctx, "asking the watch for its progress", "error", err)
+	}
+	revision, cluster, _ := v.at()
+	sn, now, err := v.store.readOnce(ctx, nil)
+	if err == nil && (now != cluster || sn.revision < revision) {
+		return errRestored
+	}
+	return nil // an etcd that is away is waited for until watchDead
 }
 
 // jitter is d, give or take a tenth.
