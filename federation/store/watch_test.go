@@ -136,7 +136,7 @@ func TestSlowConsumerLosesNothing(t *testing.T) {
 	w := s.Watch()
 	defer w.Close()
 	seen := records{}
-	seen.next(t, w)
+	seen.until(t, w, fresh(t, s))
 	for i := range 5 * maxQueue {
 		puts := []*federationv1.Record{export("eu-1", "pay", uint32(i+1)), ready("eu-1", "pay", int32(i+1)), export("eu-1", fmt.Sprintf("svc-%d", i), 80)}
 		var deletes []string
