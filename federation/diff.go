@@ -116,9 +116,9 @@ func DiffWorlds(c *Catalog, old, new *World) []Change {
 	c = c.orEmpty()
 	old, new = old.clone(), new.clone()
 	services := make(map[ServiceID]bool)
-	for d := range diff(old.readiness, new.readiness, equal[Readiness]) {
-		if _, ok := c.services.get(d.key.Service); ok {
-			services[d.key.Service] = true
+	for d := range diff(old.readiness, new.readiness, equal) {
+		if _, ok := c.services.get(d.key); ok && !same(d.old, d.new) {
+			services[d.key] = true
 		}
 	}
 	offered := func(cluster ClusterID) {
@@ -140,6 +140,14 @@ func DiffWorlds(c *Catalog, old, new *World) []Change {
 }
 
 func equal[T comparable](a, b T) bool { return a == b }
+
+// same reports whether two maps hold the same.
+func same[K key[K], V comparable](a, b pmap[K, V]) bool {
+	for range diff(a, b, equal) {
+		return false
+	}
+	return true
+}
 
 func addServiceChanges(changes []Change, services map[ServiceID]bool, old, new *Catalog) []Change {
 	for s := range services {

@@ -3,6 +3,7 @@ package federation
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"math/bits"
 	"slices"
 	"time"
@@ -28,15 +29,16 @@ func (c *Catalog) PlanPort(s ServiceID, port uint16, from Caller, w *World) Plan
 		merged, _ = mergePorts(offers)
 	}
 	p.region = c.region(from.Cluster)
-	p.steps = make([]stepState, len(p.order))
+	p.steps, p.nearest = make([]stepState, len(p.order)), len(p.order)
 	p.candidates = make([]candidate, len(offers))
+	readiness := w.readinessOf(s)
 	for i := range offers {
 		k := &p.candidates[i]
 		k.offer, k.local = &offers[i], offers[i].Cluster == from.Cluster
 		if m, ok := c.Member(k.offer.Cluster); ok {
 			k.region, k.zone = m.Region, m.Zone
 		}
-		k.readiness, _ = w.Readiness(k.offer.ID())
+		k.readiness, _ = readiness.get(k.offer.Cluster)
 		k.remaining = w.Drain(k.offer.Cluster)
 		p.place(k, merged, w)
 	}
@@ -55,6 +57,7 @@ type planner struct {
 	region     string // of the caller
 	candidates []candidate
 	steps      []stepState // by rank in the order
+	nearest    int         // the first rank that has candidates, whether they can serve or not
 }
 
 // standing is how willingly a candidate is used. Every candidate of one
@@ -83,6 +86,14 @@ type candidate struct {
 	amount       uint64 // part of the whole
 	tier         int    // -1 is none
 	share        PerMille
+}
+
+// place orders candidates by tier, those in none last.
+func (k *candidate) place() int {
+	if k.tier < 0 {
+		return math.MaxInt
+	}
+	return k.tier
 }
 
 // stepState is what became of one step while the first tier was composed.
@@ -145,6 +156,7 @@ func (p *planner) place(k *candidate, merged []Port, w *World) {
 		refuse(ReasonNotInOrder, "no step of the policy's order names it")
 		return
 	}
+	p.nearest = min(p.nearest, k.rank)
 	p.standing(k, w)
 	if k.standing == good {
 		p.steps[k.rank].ready += uint64(k.readiness.Ready)
@@ -190,7 +202,10 @@ func (p *planner) standing(k *candidate, w *World) {
 	}
 	silence, probe := w.Silence(k.offer.Cluster), w.Probe(k.offer.Cluster)
 	state, action := p.policy.Liveness.Of(silence)
-	silent := fmt.Sprintf("its control link has been silent for %v (%v)", silence.Round(time.Second/10), state)
+	var silent string
+	if state != Fresh {
+		silent = fmt.Sprintf("its control link has been silent for %v (%v)", silence.Round(time.Second/10), state)
+	}
 	switch {
 	case state != Fresh && probe == ProbeAnswers:
 		k.note = silent + ", but its gateways answer"
@@ -223,7 +238,9 @@ func (p *planner) arrange() {
 	}
 	tiers := 0
 	for s, list := range by {
-		slices.SortStableFunc(list, func(a, b *candidate) int { return cmp.Compare(a.rank, b.rank) })
+		slices.SortFunc(list, func(a, b *candidate) int {
+			return cmp.Or(cmp.Compare(a.rank, b.rank), a.offer.Cluster.Compare(b.offer.Cluster))
+		})
 		if tiers == 0 && standing(s) != lastResort && len(list) > 0 {
 			list = p.compose(list)
 			tiers = 1
@@ -385,9 +402,8 @@ func (p *planner) conclude() {
 	for i := range p.candidates {
 		ordered[i] = &p.candidates[i]
 	}
-	slices.SortStableFunc(ordered, func(a, b *candidate) int {
-		// Tier -1 comes last: as an unsigned number it is the highest.
-		return cmp.Or(cmp.Compare(uint(a.tier), uint(b.tier)), cmp.Compare(b.share, a.share))
+	slices.SortFunc(ordered, func(a, b *candidate) int {
+		return cmp.Or(cmp.Compare(a.place(), b.place()), cmp.Compare(b.share, a.share), a.offer.Cluster.Compare(b.offer.Cluster))
 	})
 	p.plan.Verdicts = make([]Verdict, 0, len(ordered))
 	for _, k := range ordered {
@@ -449,7 +465,7 @@ func (p *planner) explain(k *candidate) {
 	case p.steps[k.rank].before < whole:
 		k.reason = ReasonSpill
 		k.detail = fmt.Sprintf("%s, takes what %s", where, p.spilled(k.rank))
-	case p.nearerFailed(k.rank):
+	case k.rank > p.nearest:
 		k.detail = where + ", the first step that can serve"
 	default:
 		k.detail = where
@@ -457,13 +473,6 @@ func (p *planner) explain(k *candidate) {
 	if k.note != "" {
 		k.detail += "; " + k.note
 	}
-}
-
-// nearerFailed reports whether a step before rank has candidates.
-func (p *planner) nearerFailed(rank int) bool {
-	return slices.ContainsFunc(p.candidates, func(k candidate) bool {
-		return k.rank < rank && k.rank >= 0 && (k.standing != out || k.reason == ReasonNoReadyEndpoints)
-	})
 }
 
 // spilled says why the steps before rank left something over.

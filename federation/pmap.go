@@ -230,9 +230,6 @@ func (h hasher) sum() uint64 {
 
 func (c ClusterID) hash() uint64 { return fnvOffset.add(string(c)).sum() }
 func (s ServiceID) hash() uint64 { return fnvOffset.add(s.Namespace).add(s.Name).sum() }
-func (e ExportID) hash() uint64 {
-	return fnvOffset.add(string(e.Cluster)).add(e.Service.Namespace).add(e.Service.Name).sum()
-}
 
 func (p PolicyID) hash() uint64 {
 	return fnvOffset.add(p.Origin).add(p.Namespace).add(p.Name).sum()

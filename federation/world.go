@@ -12,12 +12,14 @@ import (
 // World that shares what did not change. The zero World and nil are empty:
 // nothing is known to be ready.
 type World struct {
-	readiness pmap[ExportID, Readiness]
+	readiness pmap[ServiceID, readinessByCluster]
 	silence   pmap[ClusterID, time.Duration]
 	probes    pmap[ClusterID, Probe]
 	drains    pmap[ClusterID, PerMille]
 	sum       uint64 // of the hashes of all entries, mod 2^64
 }
+
+type readinessByCluster = pmap[ClusterID, Readiness]
 
 func (w *World) clone() *World {
 	if w == nil {
@@ -51,7 +53,7 @@ func (w *World) WithReadiness(e ExportID, r Readiness) *World {
 		return w
 	}
 	c := w.WithoutReadiness(e).clone()
-	c.readiness = c.readiness.set(e, r)
+	c.readiness = c.readiness.set(e.Service, c.readinessOf(e.Service).set(e.Cluster, r))
 	c.sum += entryHash("ready", e, int64(r.Ready), int64(r.Total))
 	return c
 }
@@ -63,7 +65,11 @@ func (w *World) WithoutReadiness(e ExportID) *World {
 		return w
 	}
 	c := w.clone()
-	c.readiness = c.readiness.without(e)
+	if rest := c.readinessOf(e.Service).without(e.Cluster); rest.len() > 0 {
+		c.readiness = c.readiness.set(e.Service, rest)
+	} else {
+		c.readiness = c.readiness.without(e.Service)
+	}
 	c.sum -= entryHash("ready", e, int64(old.Ready), int64(old.Total))
 	return c
 }
@@ -127,14 +133,31 @@ func (w *World) WithDrain(id ClusterID, remaining PerMille) *World {
 
 // Readiness of an export, and whether anything is known of it.
 func (w *World) Readiness(e ExportID) (Readiness, bool) {
-	if w == nil {
-		return Readiness{}, false
-	}
-	return w.readiness.get(e)
+	return w.readinessOf(e.Service).get(e.Cluster)
 }
 
-// AllReadiness goes through everything known of exports, sorted.
-func (w *World) AllReadiness() iter.Seq2[ExportID, Readiness] { return w.clone().readiness.all() }
+// readinessOf is what is known of a service's exports.
+func (w *World) readinessOf(s ServiceID) readinessByCluster {
+	if w == nil {
+		return readinessByCluster{}
+	}
+	r, _ := w.readiness.get(s)
+	return r
+}
+
+// AllReadiness goes through everything known of exports, by service, then
+// cluster.
+func (w *World) AllReadiness() iter.Seq2[ExportID, Readiness] {
+	return func(yield func(ExportID, Readiness) bool) {
+		for s, clusters := range w.clone().readiness.all() {
+			for c, r := range clusters.all() {
+				if !yield(ExportID{c, s}, r) {
+					return
+				}
+			}
+		}
+	}
+}
 
 // Silence of a cluster's control link; 0 is heard.
 func (w *World) Silence(id ClusterID) time.Duration {
