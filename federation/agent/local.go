@@ -18,6 +18,20 @@ type localServer struct {
 	agent *Agent
 }
 
+// Identify says whom the caller's credential stands for.
+func (s localServer) Identify(ctx context.Context, _ *federationv1.IdentifyRequest) (*federationv1.IdentifyResponse, error) {
+	who, err := s.agent.callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	answer := &federationv1.IdentifyResponse{SpiffeId: who.id.String()}
+	catalog, _ := s.agent.mesh.present()
+	if m, ok := catalog.Member(s.agent.who.Cluster); ok {
+		answer.Region = m.Region
+	}
+	return answer, nil
+}
+
 // Issue has the controller sign the caller's key for the caller's identity.
 func (s localServer) Issue(ctx context.Context, r *federationv1.LocalIssueRequest) (*federationv1.LocalIssueResponse, error) {
 	who, err := s.agent.callerOf(ctx)
