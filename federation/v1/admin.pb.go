@@ -1492,8 +1492,10 @@ type DrainRequest struct {
 	Cluster            string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Over               *durationpb.Duration   `protobuf:"bytes,2,opt,name=over,proto3" json:"over,omitempty"`
 	CloseExistingAfter *durationpb.Duration   `protobuf:"bytes,3,opt,name=close_existing_after,json=closeExistingAfter,proto3" json:"close_existing_after,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// Drain also where that leaves callers nowhere to go.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DrainRequest) Reset() {
@@ -1547,10 +1549,19 @@ func (x *DrainRequest) GetCloseExistingAfter() *durationpb.Duration {
 	return nil
 }
 
+func (x *DrainRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
 type DrainResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Drain         *Drain                 `protobuf:"bytes,1,opt,name=drain,proto3" json:"drain,omitempty"`
-	Revision      *Revision              `protobuf:"bytes,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Drain    *Drain                 `protobuf:"bytes,1,opt,name=drain,proto3" json:"drain,omitempty"`
+	Revision *Revision              `protobuf:"bytes,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Callers that are left nowhere to go.
+	Stranded      []*Stranded `protobuf:"bytes,3,rep,name=stranded,proto3" json:"stranded,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1599,6 +1610,74 @@ func (x *DrainResponse) GetRevision() *Revision {
 	return nil
 }
 
+func (x *DrainResponse) GetStranded() []*Stranded {
+	if x != nil {
+		return x.Stranded
+	}
+	return nil
+}
+
+// Stranded is a service that one cluster's callers cannot reach any more.
+type Stranded struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	CallerCluster string                 `protobuf:"bytes,3,opt,name=caller_cluster,json=callerCluster,proto3" json:"caller_cluster,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stranded) Reset() {
+	*x = Stranded{}
+	mi := &file_federation_v1_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stranded) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stranded) ProtoMessage() {}
+
+func (x *Stranded) ProtoReflect() protoreflect.Message {
+	mi := &file_federation_v1_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stranded.ProtoReflect.Descriptor instead.
+func (*Stranded) Descriptor() ([]byte, []int) {
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Stranded) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Stranded) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Stranded) GetCallerCluster() string {
+	if x != nil {
+		return x.CallerCluster
+	}
+	return ""
+}
+
 type UndrainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
@@ -1609,7 +1688,7 @@ type UndrainRequest struct {
 
 func (x *UndrainRequest) Reset() {
 	*x = UndrainRequest{}
-	mi := &file_federation_v1_admin_proto_msgTypes[24]
+	mi := &file_federation_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1700,7 @@ func (x *UndrainRequest) String() string {
 func (*UndrainRequest) ProtoMessage() {}
 
 func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[24]
+	mi := &file_federation_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1713,7 @@ func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
 func (*UndrainRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UndrainRequest) GetCluster() string {
@@ -1660,7 +1739,7 @@ type UndrainResponse struct {
 
 func (x *UndrainResponse) Reset() {
 	*x = UndrainResponse{}
-	mi := &file_federation_v1_admin_proto_msgTypes[25]
+	mi := &file_federation_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1672,7 +1751,7 @@ func (x *UndrainResponse) String() string {
 func (*UndrainResponse) ProtoMessage() {}
 
 func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[25]
+	mi := &file_federation_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1685,7 +1764,7 @@ func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
 func (*UndrainResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UndrainResponse) GetRevision() *Revision {
@@ -1703,7 +1782,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_federation_v1_admin_proto_msgTypes[26]
+	mi := &file_federation_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1715,7 +1794,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[26]
+	mi := &file_federation_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1728,7 +1807,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 type GetStatusResponse struct {
@@ -1750,7 +1829,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_federation_v1_admin_proto_msgTypes[27]
+	mi := &file_federation_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1841,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[27]
+	mi := &file_federation_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1854,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -1870,7 +1949,7 @@ type Controller struct {
 
 func (x *Controller) Reset() {
 	*x = Controller{}
-	mi := &file_federation_v1_admin_proto_msgTypes[28]
+	mi := &file_federation_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +1961,7 @@ func (x *Controller) String() string {
 func (*Controller) ProtoMessage() {}
 
 func (x *Controller) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[28]
+	mi := &file_federation_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +1974,7 @@ func (x *Controller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Controller.ProtoReflect.Descriptor instead.
 func (*Controller) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Controller) GetName() string {
@@ -1962,7 +2041,7 @@ type StoreStatus struct {
 
 func (x *StoreStatus) Reset() {
 	*x = StoreStatus{}
-	mi := &file_federation_v1_admin_proto_msgTypes[29]
+	mi := &file_federation_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2053,7 @@ func (x *StoreStatus) String() string {
 func (*StoreStatus) ProtoMessage() {}
 
 func (x *StoreStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[29]
+	mi := &file_federation_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2066,7 @@ func (x *StoreStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
 func (*StoreStatus) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StoreStatus) GetEmbedded() bool {
@@ -2047,7 +2126,7 @@ type GetTrustRequest struct {
 
 func (x *GetTrustRequest) Reset() {
 	*x = GetTrustRequest{}
-	mi := &file_federation_v1_admin_proto_msgTypes[30]
+	mi := &file_federation_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2138,7 @@ func (x *GetTrustRequest) String() string {
 func (*GetTrustRequest) ProtoMessage() {}
 
 func (x *GetTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[30]
+	mi := &file_federation_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2151,7 @@ func (x *GetTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTrustRequest.ProtoReflect.Descriptor instead.
 func (*GetTrustRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 type GetTrustResponse struct {
@@ -2088,7 +2167,7 @@ type GetTrustResponse struct {
 
 func (x *GetTrustResponse) Reset() {
 	*x = GetTrustResponse{}
-	mi := &file_federation_v1_admin_proto_msgTypes[31]
+	mi := &file_federation_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2100,7 +2179,7 @@ func (x *GetTrustResponse) String() string {
 func (*GetTrustResponse) ProtoMessage() {}
 
 func (x *GetTrustResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[31]
+	mi := &file_federation_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2113,7 +2192,7 @@ func (x *GetTrustResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTrustResponse.ProtoReflect.Descriptor instead.
 func (*GetTrustResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetTrustResponse) GetTrustDomain() string {
@@ -2168,7 +2247,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_federation_v1_admin_proto_msgTypes[32]
+	mi := &file_federation_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2180,7 +2259,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[32]
+	mi := &file_federation_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2193,7 +2272,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Authority) GetKind() string {
@@ -2261,7 +2340,7 @@ type RenewCredentialRequest struct {
 
 func (x *RenewCredentialRequest) Reset() {
 	*x = RenewCredentialRequest{}
-	mi := &file_federation_v1_admin_proto_msgTypes[33]
+	mi := &file_federation_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2352,7 @@ func (x *RenewCredentialRequest) String() string {
 func (*RenewCredentialRequest) ProtoMessage() {}
 
 func (x *RenewCredentialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[33]
+	mi := &file_federation_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2365,7 @@ func (x *RenewCredentialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCredentialRequest.ProtoReflect.Descriptor instead.
 func (*RenewCredentialRequest) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RenewCredentialRequest) GetCsr() []byte {
@@ -2305,7 +2384,7 @@ type RenewCredentialResponse struct {
 
 func (x *RenewCredentialResponse) Reset() {
 	*x = RenewCredentialResponse{}
-	mi := &file_federation_v1_admin_proto_msgTypes[34]
+	mi := &file_federation_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2317,7 +2396,7 @@ func (x *RenewCredentialResponse) String() string {
 func (*RenewCredentialResponse) ProtoMessage() {}
 
 func (x *RenewCredentialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_federation_v1_admin_proto_msgTypes[34]
+	mi := &file_federation_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2330,7 +2409,7 @@ func (x *RenewCredentialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCredentialResponse.ProtoReflect.Descriptor instead.
 func (*RenewCredentialResponse) Descriptor() ([]byte, []int) {
-	return file_federation_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_federation_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenewCredentialResponse) GetChain() *Chain {
@@ -2437,14 +2516,20 @@ const file_federation_v1_admin_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x84\x01\n" +
 	"\x14DeletePolicyResponse\x122\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1a.weft.federation.v1.PolicyR\x06policy\x128\n" +
-	"\brevision\x18\x02 \x01(\v2\x1c.weft.federation.v1.RevisionR\brevision\"\xa4\x01\n" +
+	"\brevision\x18\x02 \x01(\v2\x1c.weft.federation.v1.RevisionR\brevision\"\xba\x01\n" +
 	"\fDrainRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12-\n" +
 	"\x04over\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04over\x12K\n" +
-	"\x14close_existing_after\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x12closeExistingAfter\"z\n" +
+	"\x14close_existing_after\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x12closeExistingAfter\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"\xb4\x01\n" +
 	"\rDrainResponse\x12/\n" +
 	"\x05drain\x18\x01 \x01(\v2\x19.weft.federation.v1.DrainR\x05drain\x128\n" +
-	"\brevision\x18\x02 \x01(\v2\x1c.weft.federation.v1.RevisionR\brevision\"Y\n" +
+	"\brevision\x18\x02 \x01(\v2\x1c.weft.federation.v1.RevisionR\brevision\x128\n" +
+	"\bstranded\x18\x03 \x03(\v2\x1c.weft.federation.v1.StrandedR\bstranded\"c\n" +
+	"\bStranded\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12%\n" +
+	"\x0ecaller_cluster\x18\x03 \x01(\tR\rcallerCluster\"Y\n" +
 	"\x0eUndrainRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12-\n" +
 	"\x04over\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04over\"K\n" +
@@ -2545,7 +2630,7 @@ func file_federation_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_federation_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_federation_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_federation_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_federation_v1_admin_proto_goTypes = []any{
 	(Kind)(0),                         // 0: weft.federation.v1.Kind
 	(*RegisterClusterRequest)(nil),    // 1: weft.federation.v1.RegisterClusterRequest
@@ -2572,131 +2657,133 @@ var file_federation_v1_admin_proto_goTypes = []any{
 	(*DeletePolicyResponse)(nil),      // 22: weft.federation.v1.DeletePolicyResponse
 	(*DrainRequest)(nil),              // 23: weft.federation.v1.DrainRequest
 	(*DrainResponse)(nil),             // 24: weft.federation.v1.DrainResponse
-	(*UndrainRequest)(nil),            // 25: weft.federation.v1.UndrainRequest
-	(*UndrainResponse)(nil),           // 26: weft.federation.v1.UndrainResponse
-	(*GetStatusRequest)(nil),          // 27: weft.federation.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),         // 28: weft.federation.v1.GetStatusResponse
-	(*Controller)(nil),                // 29: weft.federation.v1.Controller
-	(*StoreStatus)(nil),               // 30: weft.federation.v1.StoreStatus
-	(*GetTrustRequest)(nil),           // 31: weft.federation.v1.GetTrustRequest
-	(*GetTrustResponse)(nil),          // 32: weft.federation.v1.GetTrustResponse
-	(*Authority)(nil),                 // 33: weft.federation.v1.Authority
-	(*RenewCredentialRequest)(nil),    // 34: weft.federation.v1.RenewCredentialRequest
-	(*RenewCredentialResponse)(nil),   // 35: weft.federation.v1.RenewCredentialResponse
-	(*Member)(nil),                    // 36: weft.federation.v1.Member
-	(*durationpb.Duration)(nil),       // 37: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),     // 38: google.protobuf.Timestamp
-	(*Revision)(nil),                  // 39: weft.federation.v1.Revision
-	(*Gateway)(nil),                   // 40: weft.federation.v1.Gateway
-	(*Policy)(nil),                    // 41: weft.federation.v1.Policy
-	(*Finding)(nil),                   // 42: weft.federation.v1.Finding
-	(*Drain)(nil),                     // 43: weft.federation.v1.Drain
-	(*Port)(nil),                      // 44: weft.federation.v1.Port
-	(*Export)(nil),                    // 45: weft.federation.v1.Export
-	(*Readiness)(nil),                 // 46: weft.federation.v1.Readiness
-	(*Plan)(nil),                      // 47: weft.federation.v1.Plan
-	(*Bundle)(nil),                    // 48: weft.federation.v1.Bundle
-	(*Denial)(nil),                    // 49: weft.federation.v1.Denial
-	(*Chain)(nil),                     // 50: weft.federation.v1.Chain
-	(*WhyRequest)(nil),                // 51: weft.federation.v1.WhyRequest
-	(*CallRequest)(nil),               // 52: weft.federation.v1.CallRequest
-	(*WhyResponse)(nil),               // 53: weft.federation.v1.WhyResponse
-	(*CallResponse)(nil),              // 54: weft.federation.v1.CallResponse
+	(*Stranded)(nil),                  // 25: weft.federation.v1.Stranded
+	(*UndrainRequest)(nil),            // 26: weft.federation.v1.UndrainRequest
+	(*UndrainResponse)(nil),           // 27: weft.federation.v1.UndrainResponse
+	(*GetStatusRequest)(nil),          // 28: weft.federation.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),         // 29: weft.federation.v1.GetStatusResponse
+	(*Controller)(nil),                // 30: weft.federation.v1.Controller
+	(*StoreStatus)(nil),               // 31: weft.federation.v1.StoreStatus
+	(*GetTrustRequest)(nil),           // 32: weft.federation.v1.GetTrustRequest
+	(*GetTrustResponse)(nil),          // 33: weft.federation.v1.GetTrustResponse
+	(*Authority)(nil),                 // 34: weft.federation.v1.Authority
+	(*RenewCredentialRequest)(nil),    // 35: weft.federation.v1.RenewCredentialRequest
+	(*RenewCredentialResponse)(nil),   // 36: weft.federation.v1.RenewCredentialResponse
+	(*Member)(nil),                    // 37: weft.federation.v1.Member
+	(*durationpb.Duration)(nil),       // 38: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),     // 39: google.protobuf.Timestamp
+	(*Revision)(nil),                  // 40: weft.federation.v1.Revision
+	(*Gateway)(nil),                   // 41: weft.federation.v1.Gateway
+	(*Policy)(nil),                    // 42: weft.federation.v1.Policy
+	(*Finding)(nil),                   // 43: weft.federation.v1.Finding
+	(*Drain)(nil),                     // 44: weft.federation.v1.Drain
+	(*Port)(nil),                      // 45: weft.federation.v1.Port
+	(*Export)(nil),                    // 46: weft.federation.v1.Export
+	(*Readiness)(nil),                 // 47: weft.federation.v1.Readiness
+	(*Plan)(nil),                      // 48: weft.federation.v1.Plan
+	(*Bundle)(nil),                    // 49: weft.federation.v1.Bundle
+	(*Denial)(nil),                    // 50: weft.federation.v1.Denial
+	(*Chain)(nil),                     // 51: weft.federation.v1.Chain
+	(*WhyRequest)(nil),                // 52: weft.federation.v1.WhyRequest
+	(*CallRequest)(nil),               // 53: weft.federation.v1.CallRequest
+	(*WhyResponse)(nil),               // 54: weft.federation.v1.WhyResponse
+	(*CallResponse)(nil),              // 55: weft.federation.v1.CallResponse
 }
 var file_federation_v1_admin_proto_depIdxs = []int32{
-	36, // 0: weft.federation.v1.RegisterClusterRequest.member:type_name -> weft.federation.v1.Member
-	37, // 1: weft.federation.v1.RegisterClusterRequest.token_ttl:type_name -> google.protobuf.Duration
+	37, // 0: weft.federation.v1.RegisterClusterRequest.member:type_name -> weft.federation.v1.Member
+	38, // 1: weft.federation.v1.RegisterClusterRequest.token_ttl:type_name -> google.protobuf.Duration
 	15, // 2: weft.federation.v1.RegisterClusterResponse.cluster:type_name -> weft.federation.v1.Cluster
 	3,  // 3: weft.federation.v1.RegisterClusterResponse.token:type_name -> weft.federation.v1.JoinToken
-	38, // 4: weft.federation.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
-	37, // 5: weft.federation.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	39, // 4: weft.federation.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
+	38, // 5: weft.federation.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
 	3,  // 6: weft.federation.v1.CreateTokenResponse.token:type_name -> weft.federation.v1.JoinToken
 	15, // 7: weft.federation.v1.SetGrantsResponse.cluster:type_name -> weft.federation.v1.Cluster
-	39, // 8: weft.federation.v1.DeregisterClusterResponse.revision:type_name -> weft.federation.v1.Revision
+	40, // 8: weft.federation.v1.DeregisterClusterResponse.revision:type_name -> weft.federation.v1.Revision
 	0,  // 9: weft.federation.v1.ListRequest.kind:type_name -> weft.federation.v1.Kind
-	39, // 10: weft.federation.v1.ListResponse.revision:type_name -> weft.federation.v1.Revision
+	40, // 10: weft.federation.v1.ListResponse.revision:type_name -> weft.federation.v1.Revision
 	14, // 11: weft.federation.v1.ListResponse.objects:type_name -> weft.federation.v1.Object
 	10, // 12: weft.federation.v1.WatchRequest.list:type_name -> weft.federation.v1.ListRequest
 	11, // 13: weft.federation.v1.WatchResponse.list:type_name -> weft.federation.v1.ListResponse
 	15, // 14: weft.federation.v1.Object.cluster:type_name -> weft.federation.v1.Cluster
 	16, // 15: weft.federation.v1.Object.service:type_name -> weft.federation.v1.Service
 	17, // 16: weft.federation.v1.Object.export:type_name -> weft.federation.v1.ExportStatus
-	40, // 17: weft.federation.v1.Object.gateway:type_name -> weft.federation.v1.Gateway
-	41, // 18: weft.federation.v1.Object.policy:type_name -> weft.federation.v1.Policy
-	42, // 19: weft.federation.v1.Object.finding:type_name -> weft.federation.v1.Finding
-	36, // 20: weft.federation.v1.Cluster.member:type_name -> weft.federation.v1.Member
-	38, // 21: weft.federation.v1.Cluster.last_heard:type_name -> google.protobuf.Timestamp
-	43, // 22: weft.federation.v1.Cluster.drain:type_name -> weft.federation.v1.Drain
-	39, // 23: weft.federation.v1.Cluster.applied:type_name -> weft.federation.v1.Revision
-	39, // 24: weft.federation.v1.Cluster.acked:type_name -> weft.federation.v1.Revision
-	44, // 25: weft.federation.v1.Service.ports:type_name -> weft.federation.v1.Port
+	41, // 17: weft.federation.v1.Object.gateway:type_name -> weft.federation.v1.Gateway
+	42, // 18: weft.federation.v1.Object.policy:type_name -> weft.federation.v1.Policy
+	43, // 19: weft.federation.v1.Object.finding:type_name -> weft.federation.v1.Finding
+	37, // 20: weft.federation.v1.Cluster.member:type_name -> weft.federation.v1.Member
+	39, // 21: weft.federation.v1.Cluster.last_heard:type_name -> google.protobuf.Timestamp
+	44, // 22: weft.federation.v1.Cluster.drain:type_name -> weft.federation.v1.Drain
+	40, // 23: weft.federation.v1.Cluster.applied:type_name -> weft.federation.v1.Revision
+	40, // 24: weft.federation.v1.Cluster.acked:type_name -> weft.federation.v1.Revision
+	45, // 25: weft.federation.v1.Service.ports:type_name -> weft.federation.v1.Port
 	17, // 26: weft.federation.v1.Service.exports:type_name -> weft.federation.v1.ExportStatus
-	42, // 27: weft.federation.v1.Service.findings:type_name -> weft.federation.v1.Finding
-	45, // 28: weft.federation.v1.ExportStatus.export:type_name -> weft.federation.v1.Export
-	46, // 29: weft.federation.v1.ExportStatus.readiness:type_name -> weft.federation.v1.Readiness
-	41, // 30: weft.federation.v1.ApplyPolicyRequest.policy:type_name -> weft.federation.v1.Policy
-	41, // 31: weft.federation.v1.ApplyPolicyResponse.policy:type_name -> weft.federation.v1.Policy
-	39, // 32: weft.federation.v1.ApplyPolicyResponse.revision:type_name -> weft.federation.v1.Revision
-	41, // 33: weft.federation.v1.ApplyPolicyResponse.before:type_name -> weft.federation.v1.Policy
-	42, // 34: weft.federation.v1.ApplyPolicyResponse.findings:type_name -> weft.federation.v1.Finding
+	43, // 27: weft.federation.v1.Service.findings:type_name -> weft.federation.v1.Finding
+	46, // 28: weft.federation.v1.ExportStatus.export:type_name -> weft.federation.v1.Export
+	47, // 29: weft.federation.v1.ExportStatus.readiness:type_name -> weft.federation.v1.Readiness
+	42, // 30: weft.federation.v1.ApplyPolicyRequest.policy:type_name -> weft.federation.v1.Policy
+	42, // 31: weft.federation.v1.ApplyPolicyResponse.policy:type_name -> weft.federation.v1.Policy
+	40, // 32: weft.federation.v1.ApplyPolicyResponse.revision:type_name -> weft.federation.v1.Revision
+	42, // 33: weft.federation.v1.ApplyPolicyResponse.before:type_name -> weft.federation.v1.Policy
+	43, // 34: weft.federation.v1.ApplyPolicyResponse.findings:type_name -> weft.federation.v1.Finding
 	20, // 35: weft.federation.v1.ApplyPolicyResponse.changes:type_name -> weft.federation.v1.PlanChange
-	47, // 36: weft.federation.v1.PlanChange.before:type_name -> weft.federation.v1.Plan
-	47, // 37: weft.federation.v1.PlanChange.after:type_name -> weft.federation.v1.Plan
-	41, // 38: weft.federation.v1.DeletePolicyResponse.policy:type_name -> weft.federation.v1.Policy
-	39, // 39: weft.federation.v1.DeletePolicyResponse.revision:type_name -> weft.federation.v1.Revision
-	37, // 40: weft.federation.v1.DrainRequest.over:type_name -> google.protobuf.Duration
-	37, // 41: weft.federation.v1.DrainRequest.close_existing_after:type_name -> google.protobuf.Duration
-	43, // 42: weft.federation.v1.DrainResponse.drain:type_name -> weft.federation.v1.Drain
-	39, // 43: weft.federation.v1.DrainResponse.revision:type_name -> weft.federation.v1.Revision
-	37, // 44: weft.federation.v1.UndrainRequest.over:type_name -> google.protobuf.Duration
-	39, // 45: weft.federation.v1.UndrainResponse.revision:type_name -> weft.federation.v1.Revision
-	39, // 46: weft.federation.v1.GetStatusResponse.revision:type_name -> weft.federation.v1.Revision
-	29, // 47: weft.federation.v1.GetStatusResponse.controllers:type_name -> weft.federation.v1.Controller
-	30, // 48: weft.federation.v1.GetStatusResponse.store:type_name -> weft.federation.v1.StoreStatus
-	42, // 49: weft.federation.v1.GetStatusResponse.findings:type_name -> weft.federation.v1.Finding
-	38, // 50: weft.federation.v1.Controller.started:type_name -> google.protobuf.Timestamp
-	39, // 51: weft.federation.v1.Controller.revision:type_name -> weft.federation.v1.Revision
-	48, // 52: weft.federation.v1.GetTrustResponse.bundle:type_name -> weft.federation.v1.Bundle
-	33, // 53: weft.federation.v1.GetTrustResponse.authorities:type_name -> weft.federation.v1.Authority
-	49, // 54: weft.federation.v1.GetTrustResponse.denials:type_name -> weft.federation.v1.Denial
-	38, // 55: weft.federation.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	38, // 56: weft.federation.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	50, // 57: weft.federation.v1.RenewCredentialResponse.chain:type_name -> weft.federation.v1.Chain
-	1,  // 58: weft.federation.v1.Admin.RegisterCluster:input_type -> weft.federation.v1.RegisterClusterRequest
-	4,  // 59: weft.federation.v1.Admin.CreateToken:input_type -> weft.federation.v1.CreateTokenRequest
-	6,  // 60: weft.federation.v1.Admin.SetGrants:input_type -> weft.federation.v1.SetGrantsRequest
-	8,  // 61: weft.federation.v1.Admin.DeregisterCluster:input_type -> weft.federation.v1.DeregisterClusterRequest
-	10, // 62: weft.federation.v1.Admin.List:input_type -> weft.federation.v1.ListRequest
-	12, // 63: weft.federation.v1.Admin.Watch:input_type -> weft.federation.v1.WatchRequest
-	18, // 64: weft.federation.v1.Admin.ApplyPolicy:input_type -> weft.federation.v1.ApplyPolicyRequest
-	21, // 65: weft.federation.v1.Admin.DeletePolicy:input_type -> weft.federation.v1.DeletePolicyRequest
-	23, // 66: weft.federation.v1.Admin.Drain:input_type -> weft.federation.v1.DrainRequest
-	25, // 67: weft.federation.v1.Admin.Undrain:input_type -> weft.federation.v1.UndrainRequest
-	51, // 68: weft.federation.v1.Admin.Why:input_type -> weft.federation.v1.WhyRequest
-	52, // 69: weft.federation.v1.Admin.Call:input_type -> weft.federation.v1.CallRequest
-	27, // 70: weft.federation.v1.Admin.GetStatus:input_type -> weft.federation.v1.GetStatusRequest
-	31, // 71: weft.federation.v1.Admin.GetTrust:input_type -> weft.federation.v1.GetTrustRequest
-	34, // 72: weft.federation.v1.Admin.RenewCredential:input_type -> weft.federation.v1.RenewCredentialRequest
-	2,  // 73: weft.federation.v1.Admin.RegisterCluster:output_type -> weft.federation.v1.RegisterClusterResponse
-	5,  // 74: weft.federation.v1.Admin.CreateToken:output_type -> weft.federation.v1.CreateTokenResponse
-	7,  // 75: weft.federation.v1.Admin.SetGrants:output_type -> weft.federation.v1.SetGrantsResponse
-	9,  // 76: weft.federation.v1.Admin.DeregisterCluster:output_type -> weft.federation.v1.DeregisterClusterResponse
-	11, // 77: weft.federation.v1.Admin.List:output_type -> weft.federation.v1.ListResponse
-	13, // 78: weft.federation.v1.Admin.Watch:output_type -> weft.federation.v1.WatchResponse
-	19, // 79: weft.federation.v1.Admin.ApplyPolicy:output_type -> weft.federation.v1.ApplyPolicyResponse
-	22, // 80: weft.federation.v1.Admin.DeletePolicy:output_type -> weft.federation.v1.DeletePolicyResponse
-	24, // 81: weft.federation.v1.Admin.Drain:output_type -> weft.federation.v1.DrainResponse
-	26, // 82: weft.federation.v1.Admin.Undrain:output_type -> weft.federation.v1.UndrainResponse
-	53, // 83: weft.federation.v1.Admin.Why:output_type -> weft.federation.v1.WhyResponse
-	54, // 84: weft.federation.v1.Admin.Call:output_type -> weft.federation.v1.CallResponse
-	28, // 85: weft.federation.v1.Admin.GetStatus:output_type -> weft.federation.v1.GetStatusResponse
-	32, // 86: weft.federation.v1.Admin.GetTrust:output_type -> weft.federation.v1.GetTrustResponse
-	35, // 87: weft.federation.v1.Admin.RenewCredential:output_type -> weft.federation.v1.RenewCredentialResponse
-	73, // [73:88] is the sub-list for method output_type
-	58, // [58:73] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	48, // 36: weft.federation.v1.PlanChange.before:type_name -> weft.federation.v1.Plan
+	48, // 37: weft.federation.v1.PlanChange.after:type_name -> weft.federation.v1.Plan
+	42, // 38: weft.federation.v1.DeletePolicyResponse.policy:type_name -> weft.federation.v1.Policy
+	40, // 39: weft.federation.v1.DeletePolicyResponse.revision:type_name -> weft.federation.v1.Revision
+	38, // 40: weft.federation.v1.DrainRequest.over:type_name -> google.protobuf.Duration
+	38, // 41: weft.federation.v1.DrainRequest.close_existing_after:type_name -> google.protobuf.Duration
+	44, // 42: weft.federation.v1.DrainResponse.drain:type_name -> weft.federation.v1.Drain
+	40, // 43: weft.federation.v1.DrainResponse.revision:type_name -> weft.federation.v1.Revision
+	25, // 44: weft.federation.v1.DrainResponse.stranded:type_name -> weft.federation.v1.Stranded
+	38, // 45: weft.federation.v1.UndrainRequest.over:type_name -> google.protobuf.Duration
+	40, // 46: weft.federation.v1.UndrainResponse.revision:type_name -> weft.federation.v1.Revision
+	40, // 47: weft.federation.v1.GetStatusResponse.revision:type_name -> weft.federation.v1.Revision
+	30, // 48: weft.federation.v1.GetStatusResponse.controllers:type_name -> weft.federation.v1.Controller
+	31, // 49: weft.federation.v1.GetStatusResponse.store:type_name -> weft.federation.v1.StoreStatus
+	43, // 50: weft.federation.v1.GetStatusResponse.findings:type_name -> weft.federation.v1.Finding
+	39, // 51: weft.federation.v1.Controller.started:type_name -> google.protobuf.Timestamp
+	40, // 52: weft.federation.v1.Controller.revision:type_name -> weft.federation.v1.Revision
+	49, // 53: weft.federation.v1.GetTrustResponse.bundle:type_name -> weft.federation.v1.Bundle
+	34, // 54: weft.federation.v1.GetTrustResponse.authorities:type_name -> weft.federation.v1.Authority
+	50, // 55: weft.federation.v1.GetTrustResponse.denials:type_name -> weft.federation.v1.Denial
+	39, // 56: weft.federation.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	39, // 57: weft.federation.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	51, // 58: weft.federation.v1.RenewCredentialResponse.chain:type_name -> weft.federation.v1.Chain
+	1,  // 59: weft.federation.v1.Admin.RegisterCluster:input_type -> weft.federation.v1.RegisterClusterRequest
+	4,  // 60: weft.federation.v1.Admin.CreateToken:input_type -> weft.federation.v1.CreateTokenRequest
+	6,  // 61: weft.federation.v1.Admin.SetGrants:input_type -> weft.federation.v1.SetGrantsRequest
+	8,  // 62: weft.federation.v1.Admin.DeregisterCluster:input_type -> weft.federation.v1.DeregisterClusterRequest
+	10, // 63: weft.federation.v1.Admin.List:input_type -> weft.federation.v1.ListRequest
+	12, // 64: weft.federation.v1.Admin.Watch:input_type -> weft.federation.v1.WatchRequest
+	18, // 65: weft.federation.v1.Admin.ApplyPolicy:input_type -> weft.federation.v1.ApplyPolicyRequest
+	21, // 66: weft.federation.v1.Admin.DeletePolicy:input_type -> weft.federation.v1.DeletePolicyRequest
+	23, // 67: weft.federation.v1.Admin.Drain:input_type -> weft.federation.v1.DrainRequest
+	26, // 68: weft.federation.v1.Admin.Undrain:input_type -> weft.federation.v1.UndrainRequest
+	52, // 69: weft.federation.v1.Admin.Why:input_type -> weft.federation.v1.WhyRequest
+	53, // 70: weft.federation.v1.Admin.Call:input_type -> weft.federation.v1.CallRequest
+	28, // 71: weft.federation.v1.Admin.GetStatus:input_type -> weft.federation.v1.GetStatusRequest
+	32, // 72: weft.federation.v1.Admin.GetTrust:input_type -> weft.federation.v1.GetTrustRequest
+	35, // 73: weft.federation.v1.Admin.RenewCredential:input_type -> weft.federation.v1.RenewCredentialRequest
+	2,  // 74: weft.federation.v1.Admin.RegisterCluster:output_type -> weft.federation.v1.RegisterClusterResponse
+	5,  // 75: weft.federation.v1.Admin.CreateToken:output_type -> weft.federation.v1.CreateTokenResponse
+	7,  // 76: weft.federation.v1.Admin.SetGrants:output_type -> weft.federation.v1.SetGrantsResponse
+	9,  // 77: weft.federation.v1.Admin.DeregisterCluster:output_type -> weft.federation.v1.DeregisterClusterResponse
+	11, // 78: weft.federation.v1.Admin.List:output_type -> weft.federation.v1.ListResponse
+	13, // 79: weft.federation.v1.Admin.Watch:output_type -> weft.federation.v1.WatchResponse
+	19, // 80: weft.federation.v1.Admin.ApplyPolicy:output_type -> weft.federation.v1.ApplyPolicyResponse
+	22, // 81: weft.federation.v1.Admin.DeletePolicy:output_type -> weft.federation.v1.DeletePolicyResponse
+	24, // 82: weft.federation.v1.Admin.Drain:output_type -> weft.federation.v1.DrainResponse
+	27, // 83: weft.federation.v1.Admin.Undrain:output_type -> weft.federation.v1.UndrainResponse
+	54, // 84: weft.federation.v1.Admin.Why:output_type -> weft.federation.v1.WhyResponse
+	55, // 85: weft.federation.v1.Admin.Call:output_type -> weft.federation.v1.CallResponse
+	29, // 86: weft.federation.v1.Admin.GetStatus:output_type -> weft.federation.v1.GetStatusResponse
+	33, // 87: weft.federation.v1.Admin.GetTrust:output_type -> weft.federation.v1.GetTrustResponse
+	36, // 88: weft.federation.v1.Admin.RenewCredential:output_type -> weft.federation.v1.RenewCredentialResponse
+	74, // [74:89] is the sub-list for method output_type
+	59, // [59:74] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_federation_v1_admin_proto_init() }
@@ -2721,7 +2808,7 @@ func file_federation_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_federation_v1_admin_proto_rawDesc), len(file_federation_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   35,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -873,11 +873,14 @@ func (x *OperatorState) GetRole() string {
 
 // Presence says that a cluster's agent is connected: key presence/C, leased.
 type Presence struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Controller    string                 `protobuf:"bytes,2,opt,name=controller,proto3" json:"controller,omitempty"`
-	Instance      string                 `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`
-	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Cluster    string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Controller string                 `protobuf:"bytes,2,opt,name=controller,proto3" json:"controller,omitempty"`
+	Instance   string                 `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`
+	Since      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	// What the agent said last of itself and its proxies, at most once a second.
+	Status        *Status `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"`
+	AgentVersion  string  `protobuf:"bytes,6,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -938,6 +941,20 @@ func (x *Presence) GetSince() *timestamppb.Timestamp {
 		return x.Since
 	}
 	return nil
+}
+
+func (x *Presence) GetStatus() *Status {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *Presence) GetAgentVersion() string {
+	if x != nil {
+		return x.AgentVersion
+	}
+	return ""
 }
 
 // ControllerState is one running controller: key controller/NAME, leased.
@@ -1067,7 +1084,7 @@ var File_federation_v1_state_proto protoreflect.FileDescriptor
 
 const file_federation_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x19federation/v1/state.proto\x12\x12weft.federation.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xea\x05\n" +
+	"\x19federation/v1/state.proto\x12\x12weft.federation.v1\x1a\x18federation/v1/sync.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xea\x05\n" +
 	"\x05State\x12\x16\n" +
 	"\x06writer\x18\x01 \x01(\tR\x06writer\x12\x1c\n" +
 	"\toperation\x18\x02 \x01(\x04R\toperation\x12.\n" +
@@ -1147,14 +1164,16 @@ const file_federation_v1_state_proto_rawDesc = "" +
 	" \x01(\tR\vrequestedBy\"7\n" +
 	"\rOperatorState\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04role\x18\x02 \x01(\tR\x04role\"\x92\x01\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\"\xeb\x01\n" +
 	"\bPresence\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1e\n" +
 	"\n" +
 	"controller\x18\x02 \x01(\tR\n" +
 	"controller\x12\x1a\n" +
 	"\binstance\x18\x03 \x01(\tR\binstance\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\x8f\x01\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x122\n" +
+	"\x06status\x18\x05 \x01(\v2\x1a.weft.federation.v1.StatusR\x06status\x12#\n" +
+	"\ragent_version\x18\x06 \x01(\tR\fagentVersion\"\x8f\x01\n" +
 	"\x0fControllerState\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
@@ -1191,6 +1210,7 @@ var file_federation_v1_state_proto_goTypes = []any{
 	(*ControllerState)(nil),       // 10: weft.federation.v1.ControllerState
 	(*VipHolder)(nil),             // 11: weft.federation.v1.VipHolder
 	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*Status)(nil),                // 13: weft.federation.v1.Status
 }
 var file_federation_v1_state_proto_depIdxs = []int32{
 	1,  // 0: weft.federation.v1.State.meta:type_name -> weft.federation.v1.Meta
@@ -1211,12 +1231,13 @@ var file_federation_v1_state_proto_depIdxs = []int32{
 	12, // 15: weft.federation.v1.Issuance.not_before:type_name -> google.protobuf.Timestamp
 	12, // 16: weft.federation.v1.Issuance.not_after:type_name -> google.protobuf.Timestamp
 	12, // 17: weft.federation.v1.Presence.since:type_name -> google.protobuf.Timestamp
-	12, // 18: weft.federation.v1.ControllerState.started:type_name -> google.protobuf.Timestamp
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	13, // 18: weft.federation.v1.Presence.status:type_name -> weft.federation.v1.Status
+	12, // 19: weft.federation.v1.ControllerState.started:type_name -> google.protobuf.Timestamp
+	20, // [20:20] is the sub-list for method output_type
+	20, // [20:20] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_federation_v1_state_proto_init() }
@@ -1224,6 +1245,7 @@ func file_federation_v1_state_proto_init() {
 	if File_federation_v1_state_proto != nil {
 		return
 	}
+	file_federation_v1_sync_proto_init()
 	file_federation_v1_state_proto_msgTypes[0].OneofWrappers = []any{
 		(*State_Meta)(nil),
 		(*State_Session)(nil),
