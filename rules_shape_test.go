@@ -181,10 +181,10 @@ func checkInterfaces(t *tree) (found []breach) {
 // with a reason.
 func machineTime() map[string]string {
 	return map[string]string{
-		"federation/clock":   "it is the clock",
-		"e2e":                "tests wait for other processes",
-		"cmd/weft":           "a person waits in the machine's time, and so does the demo for its processes",
-		"cmd/serve/tasks.go": "after SIGTERM the supervisor counts in the machine's time, however fast the process's own clock runs",
+		"federation/clock": "it is the clock",
+		"e2e":              "tests wait for other processes",
+		"cmd/weft":         "a person waits in the machine's time, and so does the demo for its processes",
+		"cmd/serve":        "a supervisor and a person see a stop in the machine's time, however fast the process's own clock runs",
 	}
 }
 

@@ -167,17 +167,20 @@ func run(prog Program, define func(*Flags) Wire, w world) int {
 	done := make(chan struct{})
 	defer close(done)
 	go func() {
-		for stopping := false; ; stopping = true {
+		var first time.Time
+		for {
 			select {
 			case <-done:
 				return
 			case s := <-w.signals:
-				if stopping {
+				if first.IsZero() {
+					first = time.Now()
+					log.Info("stopping", "signal", s.String(), "drain", *drain)
+					stop(errSignal)
+				} else if time.Since(first) > sameSignal {
 					fmt.Fprintf(w.stderr, "%s: second signal (%v): ending at once\n", prog.Name, s)
 					w.exit(exitFailed)
 				}
-				log.Info("stopping", "signal", s.String(), "drain", *drain)
-				stop(errSignal)
 			}
 		}
 	}()
@@ -209,6 +212,10 @@ func run(prog Program, define func(*Flags) Wire, w world) int {
 	log.Info("stopped")
 	return exitOK
 }
+
+// sameSignal is how close to the first a signal still counts as the first: a
+// supervisor that tells the process, and then its whole group, means it once.
+const sameSignal = 200 * time.Millisecond
 
 var errSignal = errors.New("told to stop by a signal")
 
