@@ -115,7 +115,7 @@ func (c caller) name() string {
 }
 
 // cluster is the one that an agent speaks for.
-func (c caller) cluster() federation.ClusterID { return federation.ClusterID(c.who.Cluster) }
+func (c caller) cluster() federation.ClusterID { return c.who.Cluster }
 
 type callerKey struct{}
 
@@ -128,8 +128,8 @@ func callerOf(ctx context.Context) caller {
 // gate decides about every call before its handler runs.
 type gate struct {
 	verifier *identity.Verifier
-	// roleOf is a person's role by name; ok is false for a name without one.
-	roleOf func(name string) (role, bool)
+	// roleOf is a person's role by name, or a status that refuses.
+	roleOf func(ctx context.Context, name string) (role, error)
 }
 
 // admit says who calls, or refuses.
@@ -178,9 +178,9 @@ func (g *gate) identify(ctx context.Context) (caller, error) {
 	case identity.RoleController:
 		c.role = controller
 	case identity.RoleOperator:
-		if c.role, ok = g.roleOf(who.Name); !ok {
-			return caller{}, status.Errorf(codes.PermissionDenied,
-				"operator %q has no role in this mesh (any more): ask an admin for one", who.Name)
+		var err error
+		if c.role, err = g.roleOf(ctx, who.Name); err != nil {
+			return caller{}, err
 		}
 	default:
 		c.role = 0

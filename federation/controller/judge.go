@@ -68,7 +68,7 @@ type verdict struct {
 func (j *judge) put(r *federationv1.Record) verdict {
 	fact, err := r.Decode()
 	if err != nil {
-		return verdict{refused: j.refusal(codeRecordMalformed, j.subject(r.GetKey()), "%v", err)}
+		return verdict{refused: j.refusal(federation.CodeRecordRefused, j.subject(r.GetKey()), "%v", err)}
 	}
 	v := verdict{key: fact.Key}
 	if v.refused = j.refuse(&fact); v.refused != nil {
@@ -81,9 +81,9 @@ func (j *judge) put(r *federationv1.Record) verdict {
 	value, err := record.Value()
 	switch {
 	case err != nil:
-		v.refused = j.refusal(codeRecordMalformed, subjectOf(fact.Key), "%v", err)
+		v.refused = j.refusal(federation.CodeRecordRefused, subjectOf(fact.Key), "%v", err)
 	case len(value) > maxRecordBytes:
-		v.refused = j.refusal(codeRecordMalformed, subjectOf(fact.Key), "has %d bytes, at most %d are taken", len(value), maxRecordBytes)
+		v.refused = j.refusal(federation.CodeRecordRefused, subjectOf(fact.Key), "has %d bytes, at most %d are taken", len(value), maxRecordBytes)
 	case bytes.Equal(value, j.own[record.Key]):
 	default:
 		v.record, v.value = record, value
@@ -96,7 +96,7 @@ func (j *judge) put(r *federationv1.Record) verdict {
 func (j *judge) refuse(f *federationv1.Fact) *federation.Finding {
 	subject := subjectOf(f.Key)
 	if !owns(j.member.Cluster, f.Key) {
-		return j.refusal(codeForeignRecord, subject,
+		return j.refusal(federation.CodeClaimsOtherCluster, subject,
 			"cluster %s may not write %s: it speaks for itself only", j.member.Cluster, f.Key)
 	}
 	limit := map[federationv1.KeyKind]int{
@@ -106,7 +106,11 @@ func (j *judge) refuse(f *federationv1.Fact) *federation.Finding {
 		federationv1.KindFinding:   maxOwnFindings,
 	}[f.Key.Kind]
 	if _, known := j.own[f.Key.String()]; !known && j.count[f.Key.Kind] >= limit {
-		return j.refusal(codeReportLimit, subject, "cluster %s has %d records of kind %q already, which is its limit", j.member.Cluster, j.count[f.Key.Kind], f.Key.Kind)
+		code := federation.CodeRecordRefused
+		if f.Key.Kind == federationv1.KindExport {
+			code = federation.CodeTooManyExports
+		}
+		return j.refusal(code, subject, "cluster %s has %d records of kind %q already, which is its limit", j.member.Cluster, j.count[f.Key.Kind], f.Key.Kind)
 	}
 	switch body := f.Body.(type) {
 	case federation.Export:
@@ -117,7 +121,7 @@ func (j *judge) refuse(f *federationv1.Fact) *federation.Finding {
 		f.Body = body
 	case federation.Readiness:
 		if _, ok := j.own[federationv1.ExportKey(f.Key.Export()).String()]; !ok {
-			return j.refusal(codeRecordMalformed, subject, "there is no such export to be ready")
+			return j.refusal(federation.CodeRecordRefused, subject, "there is no such export to be ready")
 		}
 	case federation.Policy:
 		body.Accepted = 0
@@ -139,24 +143,24 @@ func (j *judge) maxExports() int {
 func (j *judge) refuseExport(e *federation.Export, subject federation.Ref) *federation.Finding {
 	c := j.member.Cluster
 	if !j.member.Allows(e.Service) {
-		return j.refusal(codeOutsideGrant, subject,
+		return j.refusal(federation.CodeOutsideGrant, subject,
 			"cluster %s has no grant for service %s; it has %v", c, e.Service, j.member.Grants)
 	}
 	for _, a := range e.Gateways {
 		if !slices.Contains(j.member.Gateways, a) {
-			return j.refusal(codeGatewayOutsideRegistration, subject,
+			return j.refusal(federation.CodeGatewayOutsideRegistration, subject,
 				"gateway %s is not one of cluster %s's registered addresses %v", a, c, j.member.Gateways)
 		}
 	}
 	for _, id := range e.Serves {
 		under, ok := identity.ClusterOf(id)
 		if !ok || under != c || id.TrustDomain() != j.td {
-			return j.refusal(codeForeignRecord, subject,
+			return j.refusal(federation.CodeClaimsOtherCluster, subject,
 				"identity %s does not lie under spiffe://%s/cluster/%s/", id, j.td.Name(), c)
 		}
 	}
 	if e.Network != "" && e.Network != j.member.Network {
-		return j.refusal(codeForeignRecord, subject,
+		return j.refusal(federation.CodeClaimsOtherCluster, subject,
 			"network %q is not cluster %s's registered one (%q)", e.Network, c, j.member.Network)
 	}
 	return nil

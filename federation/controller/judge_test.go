@@ -46,44 +46,44 @@ func TestJudge(t *testing.T) {
 				e.Serves = []spiffeid.ID{spiffeid.RequireFromString("spiffe://mesh.test/cluster/eu-1/ns/shop/sa/payments")}
 			}),
 		},
-		{name: "another cluster's export", record: federationv1.ExportRecord(testExport("eu-2", "payments")), code: codeForeignRecord, says: "speaks for itself only"},
-		{name: "another cluster's readiness", record: federationv1.ReadinessRecord(id(testExport("eu-2", "payments")), federation.Readiness{}), code: codeForeignRecord},
-		{name: "a registration", record: federationv1.MemberRecord(testMember()), code: codeForeignRecord},
-		{name: "a drain", record: federationv1.DrainRecord("eu-1", federation.Drain{}), code: codeForeignRecord},
-		{name: "a denial", record: federationv1.DenialRecord(federation.Denial{Cluster: "eu-1"}), code: codeForeignRecord},
-		{name: "an operator's policy", record: federationv1.PolicyRecord(federation.Policy{ID: federation.PolicyID{Origin: "controller", Namespace: "shop", Name: "p"}}), code: codeForeignRecord},
+		{name: "another cluster's export", record: federationv1.ExportRecord(testExport("eu-2", "payments")), code: federation.CodeClaimsOtherCluster, says: "speaks for itself only"},
+		{name: "another cluster's readiness", record: federationv1.ReadinessRecord(id(testExport("eu-2", "payments")), federation.Readiness{}), code: federation.CodeClaimsOtherCluster},
+		{name: "a registration", record: federationv1.MemberRecord(testMember()), code: federation.CodeClaimsOtherCluster},
+		{name: "a drain", record: federationv1.DrainRecord("eu-1", federation.Drain{}), code: federation.CodeClaimsOtherCluster},
+		{name: "a denial", record: federationv1.DenialRecord(federation.Denial{Cluster: "eu-1"}), code: federation.CodeClaimsOtherCluster},
+		{name: "an operator's policy", record: federationv1.PolicyRecord(federation.Policy{ID: federation.PolicyID{Origin: "controller", Namespace: "shop", Name: "p"}}), code: federation.CodeClaimsOtherCluster},
 		{name: "its own policy", record: federationv1.PolicyRecord(federation.Policy{ID: federation.PolicyID{Origin: "eu-1", Namespace: "shop", Name: "p"}})},
 		{
-			name: "outside its grants", code: codeOutsideGrant, says: "shop/*",
+			name: "outside its grants", code: federation.CodeOutsideGrant, says: "shop/*",
 			record: with(func(e *federation.Export) { e.Service.Namespace = "bank" }),
 		},
 		{
-			name: "a gateway outside its registration", code: codeGatewayOutsideRegistration, says: "192.0.2.66:15443",
+			name: "a gateway outside its registration", code: federation.CodeGatewayOutsideRegistration, says: "192.0.2.66:15443",
 			record: with(func(e *federation.Export) {
 				e.Gateways = append(e.Gateways, federation.Address{Host: "192.0.2.66", Port: 15443})
 			}),
 		},
 		{
-			name: "another cluster's identity", code: codeForeignRecord, says: "spiffe://mesh.test/cluster/eu-2/ns/shop/sa/payments",
+			name: "another cluster's identity", code: federation.CodeClaimsOtherCluster, says: "spiffe://mesh.test/cluster/eu-2/ns/shop/sa/payments",
 			record: with(func(e *federation.Export) {
 				e.Serves = []spiffeid.ID{spiffeid.RequireFromString("spiffe://mesh.test/cluster/eu-2/ns/shop/sa/payments")}
 			}),
 		},
 		{
-			name: "another trust domain's identity", code: codeForeignRecord,
+			name: "another trust domain's identity", code: federation.CodeClaimsOtherCluster,
 			record: with(func(e *federation.Export) {
 				e.Serves = []spiffeid.ID{spiffeid.RequireFromString("spiffe://other.test/cluster/eu-1/ns/shop/sa/payments")}
 			}),
 		},
-		{name: "another network", record: with(func(e *federation.Export) { e.Network = "wan" }), code: codeForeignRecord},
+		{name: "another network", record: with(func(e *federation.Export) { e.Network = "wan" }), code: federation.CodeClaimsOtherCluster},
 		{name: "a body under another key", record: func() *federationv1.Record {
 			r := with(func(*federation.Export) {})
 			r.Key = "export/eu-1/shop/other"
 			return r
-		}(), code: codeRecordMalformed},
-		{name: "no body", record: &federationv1.Record{Key: "export/eu-1/shop/payments"}, code: codeRecordMalformed},
-		{name: "no key", record: &federationv1.Record{}, code: codeRecordMalformed},
-		{name: "readiness of nothing", record: federationv1.ReadinessRecord(id(testExport("eu-1", "absent")), federation.Readiness{}), code: codeRecordMalformed},
+		}(), code: federation.CodeRecordRefused},
+		{name: "no body", record: &federationv1.Record{Key: "export/eu-1/shop/payments"}, code: federation.CodeRecordRefused},
+		{name: "no key", record: &federationv1.Record{}, code: federation.CodeRecordRefused},
+		{name: "readiness of nothing", record: federationv1.ReadinessRecord(id(testExport("eu-1", "absent")), federation.Readiness{}), code: federation.CodeRecordRefused},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			v := newJudge(td, testMember(), map[string][]byte{}).put(tt.record)
@@ -138,7 +138,7 @@ func TestJudgeCountsExports(t *testing.T) {
 	if put("a") != nil || put("b") != nil {
 		t.Fatal("within the limit, and refused")
 	}
-	if f := put("c"); f == nil || f.Code != codeReportLimit {
+	if f := put("c"); f == nil || f.Code != federation.CodeTooManyExports {
 		t.Errorf("the third of two: %v", f)
 	}
 	if f := put("a"); f != nil {

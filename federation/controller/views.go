@@ -163,6 +163,20 @@ func (v *views) setRecovering(recovering bool) {
 	}
 }
 
+// restart ends every stream: the store was restored, and what the streams were
+// sent is of another history. Nothing is taken from them; their agents come
+// again and compare what they have.
+func (v *views) restart() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, streams := range v.streams {
+		for s := range streams {
+			s.over = true
+			s.poke()
+		}
+	}
+}
+
 // stream is one agent's subscription. Its fields belong to views.mu, but wake.
 type stream struct {
 	cluster federation.ClusterID
@@ -170,6 +184,7 @@ type stream struct {
 	pending map[string]struct{} // keys that changed since the last update
 	sent    federation.Revision // of the last update
 	full    bool                // the full marker was sent
+	over    bool                // nothing is sent any more
 	wake    chan struct{}       // room for one
 }
 
@@ -253,16 +268,23 @@ func (v *views) unsubscribe(s *stream) {
 func (v *views) next(s *stream) (u update, ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if s.over {
+		return update{}, false
+	}
 	u.revision = v.revision
+	later := map[string]struct{}{}
 	for _, key := range slices.Sorted(maps.Keys(s.pending)) {
 		if e := v.entries[key]; e != nil && e.audience.includes(s.cluster, s.region) {
 			u.puts = append(u.puts, e)
+		} else if v.recovering {
+			// It may be gone because the backup was older than it.
+			later[key] = struct{}{}
 		} else {
 			u.deletes = append(u.deletes, key)
 		}
 	}
 	if len(s.pending) > 0 {
-		s.pending = map[string]struct{}{}
+		s.pending = later
 	}
 	if !s.full && !v.recovering {
 		s.full, u.full = true, true
