@@ -2,12 +2,14 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,6 +53,7 @@ type Agent struct {
 	listens  []listening
 	dnsUDP   net.PacketConn
 	dnsTCP   net.Listener
+	xdsAddr  net.Addr
 
 	inForce   atomic.Pointer[scene] // what the proxies were told last
 	documents atomic.Pointer[[]savedDocument]
@@ -58,10 +61,10 @@ type Agent struct {
 	answered chan struct{} // room for one: a proxy answered
 	reread   chan struct{} // room for one: the source is to be read again
 
-	mu      sync.Mutex
-	probed  map[federation.ClusterID]federation.Probe
-	full    bool // a full set is complete
-	counted bool // the first checks have ended
+	saved [sha256.Size]byte // of the last good state as it is on disk; the persister's
+
+	mu     sync.Mutex
+	probed map[federation.ClusterID]federation.Probe
 }
 
 // New checks the configuration and takes the state folder. It starts nothing.
@@ -95,6 +98,9 @@ func (a *Agent) DNSAddr() net.Addr {
 	}
 	return a.dnsUDP.LocalAddr()
 }
+
+// XDSAddr is where proxies come by mutual TLS, once Ready; nil if nowhere.
+func (a *Agent) XDSAddr() net.Addr { return a.xdsAddr }
 
 // Cluster is the agent's own, once Ready.
 func (a *Agent) Cluster() federation.ClusterID { return a.who.Cluster }
@@ -167,11 +173,11 @@ func (a *Agent) start(ctx context.Context) error {
 	a.report = newReporter()
 	a.findings = newFindings(a.clock, a.log, a.who.Cluster, a.report, a.metrics)
 	a.mesh = newMesh(a.who.TrustDomain, a.who.Cluster, a.log)
-	a.mesh.selfChanged, a.mesh.synced = a.selfChanged, a.synced
+	a.mesh.selfChanged, a.mesh.onFull = a.selfChanged, a.open
 	a.report.setThresholds(a.mesh.thresholds)
 	a.hosts = newHosts(a.clock, lookupIP, a.log, a.mesh.touchAll)
 	a.offering = newOffering(a.who.Cluster, a.log, a.mesh, a.report, a.findings, a.metrics)
-	a.offering.settled = a.settled
+	a.offering.settled = a.open
 	a.checker = newChecker(a.clock, a.offering.checked)
 	a.source = newSource(a.who.source.ID().TrustDomain(), a.who.Cluster)
 	a.proxies = newProxies(a.clock, a.metrics)
@@ -231,13 +237,25 @@ func (a *Agent) save() error {
 		l.Documents = *d
 	}
 	a.metrics.records.Set(float64(len(l.Records)))
-	return saveLastGood(a.config.StateDir, l)
+	b, err := l.encode()
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(b)
+	if sum == a.saved {
+		return nil
+	}
+	if err := writeFile(filepath.Join(a.config.StateDir, lastGoodName), b); err != nil {
+		return err
+	}
+	a.saved = sum
+	a.metrics.saves.WithLabelValues("written").Inc()
+	return nil
 }
 
 // saveFailing keeps a failure to write the state as a finding.
 func (a *Agent) saveFailing(err error) {
 	if err == nil {
-		a.metrics.saves.WithLabelValues("written").Inc()
 		a.findings.set("save", nil)
 		return
 	}

@@ -44,7 +44,8 @@ type driver struct {
 	mesh    *mesh
 	hosts   *hosts
 	state   func(endpointKey) health
-	trust   func() // puts a change of trust into force
+	trust   func()                     // puts a change of trust into force
+	roots   func() []*x509.Certificate // in force
 	out     publisher
 	found   func([]federation.Finding)
 	applied func(*scene)
@@ -78,6 +79,7 @@ func (d *driver) run(ctx context.Context) error {
 // step carries out what changed since the last step.
 func (d *driver) step() {
 	began := d.clock.Now()
+	opened := d.opened.Load() // before the scene: what opened it is in it
 	now := d.mesh.scene()
 	concerned := now.touched
 	for _, c := range federation.Diff(d.last.catalog, now.catalog) {
@@ -99,7 +101,7 @@ func (d *driver) step() {
 		for s := range concerned {
 			d.service(v, now, s)
 		}
-		if !d.opened.Load() {
+		if !opened {
 			continue
 		}
 		delta, err := v.builder.Take()
@@ -109,10 +111,12 @@ func (d *driver) step() {
 	d.last = now
 	d.found(slices.SortedFunc(maps.Values(d.failed), federation.Finding.Compare))
 	d.metrics.apply.Observe(clock.Since(d.clock, began).Seconds())
+	d.metrics.services.WithLabelValues("imported").Set(float64(d.mesh.imported()))
 	d.metrics.revision.Set(float64(now.catalog.Revision().Number))
-	if d.opened.Load() {
+	if opened {
 		d.applied(&now)
 	}
+	d.log.Debug("carried out", "revision", now.catalog.Revision().String(), "world", now.world.Digest(), "services", len(concerned))
 }
 
 // note keeps a failure to build something as a finding until it is mended.
@@ -126,20 +130,11 @@ func (d *driver) note(key string, err error, subject federation.Ref) {
 
 // members tells a view whom to believe.
 func (d *driver) members(v *view, now scene) {
-	m := xds.Members{}
-	bundle, _, _ := d.mesh.believed()
-	for _, der := range bundle.Roots {
-		if cert, err := x509.ParseCertificate(der); err == nil {
-			m.Roots = append(m.Roots, cert)
-		}
-	}
+	m := xds.Members{Roots: d.roots()}
 	for x := range now.catalog.Members() {
 		if x.State == federation.MemberActive {
 			m.Clusters = append(m.Clusters, x.Cluster)
 		}
-	}
-	if len(m.Roots) == 0 {
-		return // nothing is known yet: no roots is no reason to believe nobody
 	}
 	err := v.builder.SetMembers(m)
 	d.note(string(v.name)+" members", err, federation.Ref{Kind: "cluster", Name: string(d.mesh.self)})

@@ -84,11 +84,11 @@ func readFolder(dir string) folderRead {
 	return r
 }
 
-// watchFolder calls changed once at its start, after each change below dir, and
-// every sourceRescan, until ctx ends. changed reads the folder itself: events
+// watchFolder calls changed once at its start, after each change below dir,
+// when asked to, and every sourceRescan, until ctx ends. changed reads the folder itself: events
 // say only when, never what. The folder above is watched as well, because dir
 // may be missing, or a symbolic link that is swapped.
-func watchFolder(ctx context.Context, dir string, c clock.Clock, log *slog.Logger, changed func()) error {
+func watchFolder(ctx context.Context, dir string, c clock.Clock, log *slog.Logger, asked <-chan struct{}, changed func()) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		log.Warn("the source folder's changes are seen by reading it every now and then only", "every", sourceRescan, "error", err)
@@ -127,6 +127,8 @@ func watchFolder(ctx context.Context, dir string, c clock.Clock, log *slog.Logge
 		case err := <-watcher.Errors:
 			log.Debug("watching the source folder", "error", err)
 			settle.Reset(sourceSettle)
+		case <-asked:
+			changed()
 		case <-rescan.C():
 			watch()
 			changed()

@@ -49,6 +49,7 @@ type hub struct {
 	bundle   *identity.Bundle
 	verifier *identity.Verifier
 	leaf     leafSource
+	now      clock.Clock
 	token    identity.JoinToken
 	server   *grpc.Server
 	tasks    sync.WaitGroup
@@ -83,7 +84,7 @@ func newHub(t *testing.T, cluster federation.ClusterID) *hub {
 	life := identity.DefaultLifetimes()
 	h := &hub{
 		t: t, cluster: cluster, incarnation: "first", number: 10,
-		records: make(map[string]*federationv1.Record),
+		now: clock.Real(), records: make(map[string]*federationv1.Record),
 		streams: make(map[*hubStream]bool),
 		answers: make(chan *federationv1.Answer, 16),
 	}
@@ -134,11 +135,31 @@ func (h *hub) svid(id spiffeid.ID) *x509svid.SVID {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	chain, err := h.region.SignLeaf(identity.Admitted{ID: id, Key: &key.PublicKey}, identity.DefaultLifetimes(), time.Now())
+	chain, err := h.region.SignLeaf(identity.Admitted{ID: id, Key: &key.PublicKey}, identity.DefaultLifetimes(), h.now.Now())
 	if err != nil {
 		h.t.Fatal(err)
 	}
 	return &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}
+}
+
+// clock gives the controller another time.
+func (h *hub) clock(c clock.Clock) {
+	h.now = c
+	h.verifier = identity.NewVerifier(identity.VerifierConfig{Clock: c, Mesh: h.bundle, Metrics: prometheus.NewRegistry()})
+	h.leaf = leafSource{h.svid(h.leaf.svid.ID)}
+}
+
+// Renew signs for an agent whose SVID has expired.
+func (h *hub) Renew(_ context.Context, r *federationv1.RenewRequest) (*federationv1.RenewResponse, error) {
+	peer, err := h.verifier.VerifyProof(identity.RenewalProof{Chain: r.GetChain(), Signature: r.GetSignature()}, r.GetCsr())
+	if err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	chain, err := h.sign(identity.PeerAsks(peer), peer.ID, r.GetCsr())
+	if err != nil {
+		return nil, err
+	}
+	return &federationv1.RenewResponse{Chain: chain, Bundle: h.bundleMessage()}, nil
 }
 
 // listen serves at address, where port 0 is any free one.
@@ -197,7 +218,7 @@ func (h *hub) sign(asker identity.Asker, want spiffeid.ID, csr []byte) (*federat
 	if err != nil {
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
-	certs, err := h.region.SignLeaf(who, identity.DefaultLifetimes(), time.Now())
+	certs, err := h.region.SignLeaf(who, identity.DefaultLifetimes(), h.now.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -238,6 +259,11 @@ func (h *hub) Sync(stream federationv1.Sync_SyncServer) error {
 		mine.Add(key, value)
 		if k, err := federationv1.ParseKey(key); err == nil && k.Cluster == h.cluster &&
 			(k.Kind == federationv1.KindExport || k.Kind == federationv1.KindReadiness) {
+			if e := r.GetExport(); e != nil {
+				r = proto.CloneOf(r)
+				r.GetExport().Accepted = 0
+				value, _ = r.Value()
+			}
 			own.Add(key, value)
 		}
 	}

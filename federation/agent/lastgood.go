@@ -150,16 +150,6 @@ func loadLastGood(dir, trustDomain string, cluster federation.ClusterID, now tim
 	return nil, fmt.Errorf("last good state %s: %w; it is kept as %s", path, err, filepath.Base(to))
 }
 
-// saveLastGood replaces the file in dir. A crash at any point leaves either the
-// old file or the new one, whole.
-func saveLastGood(dir string, l *lastGood) error {
-	b, err := l.encode()
-	if err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(dir, lastGoodName), b)
-}
-
 // writeFile replaces path by content, durably: a temporary file beside it is
 // written and synced, renamed, and the folder is synced.
 func writeFile(path string, content []byte) (err error) {

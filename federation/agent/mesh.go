@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/weftmesh/weft/federation"
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
@@ -31,8 +33,8 @@ type mesh struct {
 	// selfChanged is called, without the lock, when the registration of the own
 	// cluster has changed.
 	selfChanged func()
-	// synced is called, without the lock, when a full set is complete.
-	synced func()
+	// onFull is called, without the lock, when a full set is complete.
+	onFull func()
 
 	mu         sync.Mutex
 	held       *held
@@ -43,6 +45,7 @@ type mesh struct {
 	own        ownServices
 	denials    map[string]federation.Denial // by key
 	bundle     federation.Bundle            // the newest
+	synced     bool                         // a full set has been complete in this process
 	// touched are services whose plans stay the same, but of which something
 	// else changed that proxies are told: addresses, endpoints.
 	touched map[federation.ServiceID]bool
@@ -66,7 +69,7 @@ func newMesh(trustDomain string, self federation.ClusterID, log *slog.Logger) *m
 		changed:     make(chan struct{}, 1),
 		dirty:       make(chan struct{}, 1),
 		selfChanged: func() {},
-		synced:      func() {},
+		onFull:      func() {},
 		held:        newHeld(),
 		world:       new(federation.World),
 		vips:        make(map[federation.ServiceID]netip.Addr),
@@ -161,6 +164,20 @@ func (m *mesh) end() {
 	m.held.end()
 }
 
+// known says whether a full set has been complete in this process, and whether
+// the controller stores exports of this cluster.
+func (m *mesh) known() (synced, stored bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for key := range m.held.records {
+		if k, err := federationv1.ParseKey(key); err == nil && k.Kind == federationv1.KindExport && k.Cluster == m.self {
+			stored = true
+			break
+		}
+	}
+	return m.synced, stored
+}
+
 // knownOwn are the own records as the controller stores them, if it is certain
 // that it stores just those: its digest of them is the same as that of what
 // this agent holds. Else it is nil.
@@ -180,7 +197,7 @@ func (m *mesh) knownOwn(w *federationv1.Welcome) map[string]*federationv1.Record
 		}
 		switch {
 		case k.Cluster == m.self && (k.Kind == federationv1.KindExport || k.Kind == federationv1.KindReadiness):
-			if value, err := r.Value(); err == nil {
+			if value, err := unaccepted(r).Value(); err == nil {
 				ours.Add(key, value)
 			}
 			known[key] = r
@@ -194,6 +211,17 @@ func (m *mesh) knownOwn(w *federationv1.Welcome) map[string]*federationv1.Record
 	return known
 }
 
+// unaccepted is an own record as it was reported: without the revision of its
+// acceptance, which the controller adds and leaves out of the digest.
+func unaccepted(r *federationv1.Record) *federationv1.Record {
+	if r.GetExport().GetAccepted() == 0 {
+		return r
+	}
+	r = proto.CloneOf(r)
+	r.GetExport().Accepted = 0
+	return r
+}
+
 // update takes one update of the session.
 func (m *mesh) update(u *federationv1.Update) {
 	m.mu.Lock()
@@ -203,15 +231,16 @@ func (m *mesh) update(u *federationv1.Update) {
 	m.take(changed)
 	if m.held.revision != old {
 		m.catalog = m.catalog.Apply(m.held.revision)
-		m.notify()
+		m.wake() // a number alone is not worth a write: the digest says what is held
 	}
+	m.synced = m.synced || u.GetFull()
 	self := m.held.records[federationv1.MemberKey(m.self).String()]
 	m.mu.Unlock()
 	if self != selfBefore {
 		m.selfChanged()
 	}
 	if u.GetFull() {
-		m.synced()
+		m.onFull()
 	}
 }
 
@@ -535,6 +564,13 @@ func (m *mesh) vip(s federation.ServiceID) netip.Addr {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.vips[s]
+}
+
+// imported is how many services have an address here.
+func (m *mesh) imported() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.vips)
 }
 
 // lookup implements directory: a service exists for DNS when it is in the

@@ -19,8 +19,8 @@ type offering struct {
 	report   *reporter
 	findings *findings
 	metrics  *metrics
-	// settled is called once, when every endpoint that the first reading named
-	// has had an outcome.
+	// settled is called, without the lock, when every endpoint that the first
+	// reading named has had an outcome.
 	settled func()
 
 	mu       sync.Mutex
@@ -44,6 +44,14 @@ func newOffering(cluster federation.ClusterID, log *slog.Logger, m *mesh, r *rep
 		why:      make(map[endpointKey]string),
 		reported: make(map[string]bool),
 	}
+}
+
+// known says whether the services and their outcomes are known, and whether
+// there can be no others.
+func (o *offering) known() (sure, full bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.sure, o.full
 }
 
 // of is what the checks have shown of an endpoint.

@@ -65,6 +65,7 @@ type reportSession struct {
 	// begun when filling is set, and its end is sent with the last of them.
 	filling bool
 	begun   bool
+	full    bool // it has begun as full, and is ended so
 	left    []string
 }
 
@@ -221,7 +222,8 @@ func (p *reporter) take(now time.Time) (report *federationv1.Report, wait time.D
 	}
 	if s.filling {
 		report = p.takeFull(s)
-	} else {
+	}
+	if report == nil {
 		report, wait = p.takeDue(s, now)
 	}
 	if report == nil {
@@ -240,14 +242,18 @@ func (p *reporter) take(now time.Time) (report *federationv1.Report, wait time.D
 // takeFull is the next part of the full set. Each record is sent as it is now;
 // what was withdrawn since the begin is left out.
 func (p *reporter) takeFull(s *reportSession) *federationv1.Report {
-	report := &federationv1.Report{FullBegin: p.full && !s.begun}
+	report := new(federationv1.Report)
+	if !s.begun {
+		s.begun, s.full = true, p.full
+		report.FullBegin = s.full
+	}
 	for len(s.left) > 0 && len(report.Puts) < reportRecords {
 		key := s.left[0]
 		s.left = s.left[1:]
 		delete(s.dirty, key)
 		r, ok := p.want[key]
 		if !ok {
-			if _, told := s.sent[key]; told && !p.full {
+			if _, told := s.sent[key]; told && !s.full {
 				s.dirty[key] = true
 			} else {
 				delete(s.sent, key)
@@ -257,10 +263,11 @@ func (p *reporter) takeFull(s *reportSession) *federationv1.Report {
 		report.Puts = append(report.Puts, r.record)
 		s.sent[key] = r
 	}
-	s.begun = true
 	if len(s.left) == 0 {
 		s.filling, s.left = false, nil
-		report.FullEnd = p.full
+		// Even where the source is in doubt by now: what has left since the begin
+		// was taken away while it was not.
+		report.FullEnd = s.full
 	}
 	if !report.FullBegin && !report.FullEnd && len(report.Puts) == 0 {
 		return nil

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"slices"
 	"time"
@@ -32,6 +33,7 @@ func (a *Agent) newDriver() error {
 	a.driver = &driver{
 		clock: a.clock, log: a.log, metrics: a.metrics,
 		mesh: a.mesh, hosts: a.hosts, state: a.offering.of, trust: a.takeTrust, out: a.xds,
+		roots:  func() []*x509.Certificate { return a.who.source.Bundle().Roots() },
 		found:  func(list []federation.Finding) { a.findings.set("plans", list) },
 		failed: make(map[string]federation.Finding),
 		applied: func(s *scene) {
@@ -81,9 +83,10 @@ func (a *Agent) runSource(ctx context.Context) error {
 	if a.config.Source == "" {
 		// Nothing is offered, but nothing of an earlier process is withdrawn.
 		a.offering.take(nil, nil, false)
+		a.open()
 		return nil
 	}
-	return watchFolder(ctx, a.config.Source, a.clock, a.log, func() {
+	return watchFolder(ctx, a.config.Source, a.clock, a.log, a.reread, func() {
 		a.source.load(a.config.Source, readFolder(a.config.Source))
 		a.findings.set("source", a.source.findings)
 		services := a.source.services()
@@ -97,6 +100,7 @@ func (a *Agent) runSource(ctx context.Context) error {
 			a.mesh.persist()
 		}
 		a.checker.set(ctx, a.offering.take(services, a.source.policies(), a.source.full))
+		a.open()
 	})
 }
 
@@ -128,30 +132,14 @@ func (a *Agent) selfChanged() {
 	raise(a.reread)
 }
 
-// synced follows the end of a full set.
-func (a *Agent) synced() {
-	a.mu.Lock()
-	a.full = true
-	a.mu.Unlock()
-	a.open()
-}
-
-// settled follows the first outcomes of all checks.
-func (a *Agent) settled() {
-	a.mu.Lock()
-	a.counted = true
-	a.mu.Unlock()
-	a.open()
-}
-
 // open lets the proxies be told, once the agent knows enough: what a proxy
 // still has from before counts for more than what an agent without a memory
-// does not know yet.
+// does not know yet. That is a full set of the controller's, and the own
+// services with the outcomes of their checks, unless there are none.
 func (a *Agent) open() {
-	a.mu.Lock()
-	enough := a.full && a.counted
-	a.mu.Unlock()
-	if enough {
+	sure, full := a.offering.known()
+	synced, stored := a.mesh.known()
+	if sure && synced && (full || !stored) {
 		a.driver.open()
 	}
 }
@@ -161,7 +149,8 @@ func (a *Agent) open() {
 func (a *Agent) reportDone(keys []string, refused []*federationv1.Finding) {
 	done := make(map[string]bool, len(keys))
 	for _, key := range keys {
-		if k, err := federationv1.ParseKey(key); err == nil {
+		// A finding that was taken says nothing about its subject.
+		if k, err := federationv1.ParseKey(key); err == nil && k.Kind != federationv1.KindFinding {
 			done[subjectName(k)] = true
 		}
 	}
@@ -180,11 +169,8 @@ func (a *Agent) reportDone(keys []string, refused []*federationv1.Finding) {
 
 // subjectName is the name of the subject of findings about a record.
 func subjectName(k federationv1.Key) string {
-	switch k.Kind {
-	case federationv1.KindPolicy:
+	if k.Kind == federationv1.KindPolicy {
 		return k.Policy.Origin + "/" + k.Policy.String()
-	case federationv1.KindFinding:
-		return k.Subject.Name
 	}
 	return k.Export().String()
 }

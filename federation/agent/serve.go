@@ -70,6 +70,7 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 		if err != nil {
 			return fmt.Errorf("--xds-listen %s: %w", at, err)
 		}
+		a.xdsAddr = l.Addr()
 		a.addListener("xds "+at, l, credentials.NewTLS(a.verifier.Server(identity.ServerConfig{
 			SVID:      a.who.source,
 			Authorize: identity.AllowCluster(a.who.Cluster),
