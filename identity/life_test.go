@@ -214,6 +214,11 @@ func TestRotationsDropNoConnection(t *testing.T) {
 	setBundles(two)
 	both(func(o *office) { o.by = region2 })
 	until("leaves under the second root", signedBy(region2))
+	// A root goes after the last leaf under it has ended: until then it may be
+	// in a handshake that has begun.
+	if err := clock.Sleep(ctx, clk, m.lifetimes.Leaf); err != nil {
+		t.Fatal(err)
+	}
 	last := must(two.Without(m.root.Root()))(t)
 	both(func(o *office) { o.bundle = last })
 	setBundles(last)
