@@ -38,6 +38,11 @@ func TestBuild(t *testing.T) {
 			if err != nil {
 				return "error: " + err.Error() + "\n"
 			}
+			for _, r := range delta.Changed {
+				if _, err := readResource(r.Type, r.Name.Name, wire(r)); err != nil {
+					t.Errorf("the built-in engine would refuse %s: %v", r.Name, err)
+				}
+			}
 			return printDelta(t, delta, d.HasArg("names"))
 		})
 	})
