@@ -88,8 +88,8 @@ type candidate struct {
 	share        PerMille
 }
 
-// place orders candidates by tier, those in none last.
-func (k *candidate) place() int {
+// position orders candidates by tier, those in none last.
+func (k *candidate) position() int {
 	if k.tier < 0 {
 		return math.MaxInt
 	}
@@ -403,7 +403,7 @@ func (p *planner) conclude() {
 		ordered[i] = &p.candidates[i]
 	}
 	slices.SortFunc(ordered, func(a, b *candidate) int {
-		return cmp.Or(cmp.Compare(a.place(), b.place()), cmp.Compare(b.share, a.share), a.offer.Cluster.Compare(b.offer.Cluster))
+		return cmp.Or(cmp.Compare(a.position(), b.position()), cmp.Compare(b.share, a.share), a.offer.Cluster.Compare(b.offer.Cluster))
 	})
 	p.plan.Verdicts = make([]Verdict, 0, len(ordered))
 	for _, k := range ordered {
