@@ -127,17 +127,18 @@ func probe(ctx context.Context, u *url.URL, tc *tls.Config) error {
 	}
 	// RFC 9113, 3.4: the client's preface, then an empty SETTINGS frame; the
 	// server's first frame is SETTINGS (type 4) as well.
-	if _, err := io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil {
-		return fmt.Errorf("after connecting: %w", err)
-	}
 	header := make([]byte, 9)
-	if _, err := io.ReadFull(conn, header); err != nil {
+	_, err = io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+	if err == nil {
+		_, err = io.ReadFull(conn, header)
+	}
+	if err != nil {
 		var alert tls.AlertError
 		var operation *net.OpError
 		switch {
 		case errors.As(err, &alert), errors.As(err, &operation) && operation.Op == "remote error":
 			return fmt.Errorf("it refuses our client certificate, or wants one: %w", err)
-		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
 			return errors.New("it closed the connection at the first bytes: is it https, or not etcd?")
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return errors.New("something listens there, but it does not answer as etcd does")

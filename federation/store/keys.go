@@ -1,7 +1,6 @@
 package store
 
 import (
-	"strconv"
 	"strings"
 
 	"github.com/weftmesh/weft/federation"
@@ -10,7 +9,8 @@ import (
 
 // Keys below the prefix /weft/1/TD/. docs/format/etcd.md says what each holds.
 //
-// Catalog and findings, values are federationv1.Record without its key:
+// Catalog and findings, values are federationv1.Record without its key, and
+// federationv1.Key is the grammar of their keys:
 //
 //	cluster/C              a registration, or its tombstone
 //	export/C/NS/SVC        one cluster's offer of one service
@@ -21,7 +21,7 @@ import (
 //	vip/C/NS/SVC           clusterset address of a service in a cluster
 //	deny/C/GENERATION      refused identities
 //	bundle                 the trust bundle
-//	finding/C/CODE/SUBJECT what an agent found; not part of the catalog
+//	finding/C/CODE/KIND/NAME what an agent found; not part of the catalog
 //
 // The store's own, values are federationv1.State:
 //
@@ -80,10 +80,12 @@ func authorityKey(region, slot string) string    { return dirAuthority + region 
 func issuedKey(serial string) string             { return dirIssued + serial }
 func operatorKey(name string) string             { return dirOperator + name }
 func controllerKey(name string) string           { return dirController + name }
-func policyKey(origin, ns, name string) string   { return dirPolicy + origin + "/" + ns + "/" + name }
-func vipAddrKey(cluster, addr string) string     { return dirVipAddr + cluster + "/" + addr }
+func policyKey(origin, ns, name string) string {
+	return federationv1.PolicyKey(federation.PolicyID{Origin: origin, Namespace: ns, Name: name}).String()
+}
+func vipAddrKey(cluster, addr string) string { return dirVipAddr + cluster + "/" + addr }
 func denyKey(c federation.ClusterID, g int64) string {
-	return dirDeny + string(c) + "/" + strconv.FormatInt(g, 10)
+	return federationv1.DenialKey(c, g).String()
 }
 
 // ownDirs are the folders below which a session of c writes.

@@ -36,7 +36,7 @@ func ready(cluster, name string, n int32) *federationv1.Record {
 }
 
 func finding(cluster, subject string) *federationv1.Record {
-	return &federationv1.Record{Key: "finding/" + cluster + "/W001/" + strings.ReplaceAll(subject, "/", "."), Body: &federationv1.Record_Finding{Finding: &federationv1.Finding{Code: "W001", Subject: subject}}}
+	return &federationv1.Record{Key: "finding/" + cluster + "/WEFT1001/cluster/" + subject, Body: &federationv1.Record_Finding{Finding: &federationv1.Finding{Code: "WEFT1001", Subject: "cluster " + subject}}}
 }
 
 // fresh lists all records as a reader without a watch would see them.
@@ -113,7 +113,7 @@ func TestReport(t *testing.T) {
 		}
 
 		// Findings are stored, and are not part of the catalog.
-		w5, err := ss.Report(ctx, []*federationv1.Record{finding("eu-1", "export eu-1/shop/pay")}, nil)
+		w5, err := ss.Report(ctx, []*federationv1.Record{finding("eu-1", "eu-1")}, nil)
 		if err != nil || w5.Puts != 1 || w5.Revision != w4.Revision {
 			t.Errorf("a finding: %+v, %v; it must not move the catalog's revision", w5, err)
 		}

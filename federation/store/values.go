@@ -3,7 +3,6 @@ package store
 import (
 	"bytes"
 	"fmt"
-	"strings"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/proto"
@@ -59,50 +58,44 @@ func decodeRecord(key string, value []byte, created int64) (*federationv1.Record
 }
 
 // checkBody reports whether r holds what belongs under key, and names there the
-// object that the key names.
+// object that the key names. The rest of the body is its reader's to check.
 func checkBody(key string, r *federationv1.Record) error {
-	parts := strings.Split(key, "/")
-	want, n := key, 0 // the key that fits, and how many parts it has
+	k, err := federationv1.ParseKey(key)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrForbidden, err)
+	}
+	belongs := false
 	switch b := r.GetBody().(type) {
 	case *federationv1.Record_Member:
-		want, n = dirCluster+b.Member.GetCluster(), 2
+		belongs = k == federationv1.MemberKey(federation.ClusterID(b.Member.GetCluster()))
 	case *federationv1.Record_Export:
-		want, n = dirExport+b.Export.GetCluster()+"/"+b.Export.GetNamespace()+"/"+b.Export.GetName(), 4
+		belongs = k == federationv1.ExportKey(federation.ExportID{
+			Cluster: federation.ClusterID(b.Export.GetCluster()),
+			Service: federation.ServiceID{Namespace: b.Export.GetNamespace(), Name: b.Export.GetName()},
+		})
 	case *federationv1.Record_Policy:
-		want, n = policyKey(b.Policy.GetOrigin(), b.Policy.GetNamespace(), b.Policy.GetName()), 4
+		belongs = k == federationv1.PolicyKey(federation.PolicyID{
+			Origin: b.Policy.GetOrigin(), Namespace: b.Policy.GetNamespace(), Name: b.Policy.GetName(),
+		})
 	case *federationv1.Record_Denial:
-		want, n = denyKey(federation.ClusterID(b.Denial.GetCluster()), b.Denial.GetGeneration()), 3
+		belongs = k == federationv1.DenialKey(federation.ClusterID(b.Denial.GetCluster()), b.Denial.GetGeneration())
 	case *federationv1.Record_Bundle:
-		want, n = keyBundle, 1
+		belongs = k.Kind == federationv1.KindBundle
 	case *federationv1.Record_Readiness:
-		want, n = inDir(key, dirReady), 4
+		belongs = k.Kind == federationv1.KindReadiness
 	case *federationv1.Record_Silence:
-		want, n = inDir(key, dirLiveness), 2
+		belongs = k.Kind == federationv1.KindSilence
 	case *federationv1.Record_Drain:
-		want, n = inDir(key, dirDrain), 2
+		belongs = k.Kind == federationv1.KindDrain
 	case *federationv1.Record_Vip:
-		want, n = inDir(key, dirVip), 4
+		belongs = k.Kind == federationv1.KindVIP
 	case *federationv1.Record_Finding:
-		// Its subject may hold slashes.
-		want, n = inDir(key, dirFinding), max(4, len(parts))
+		belongs = k.Kind == federationv1.KindFinding
 	}
-	if want != key || n != len(parts) {
+	if !belongs {
 		return fmt.Errorf("key %q does not fit its record (%T): %w", key, r.GetBody(), ErrForbidden)
 	}
-	for _, p := range parts {
-		if !checkPart(p) {
-			return fmt.Errorf("key %q: each part must have 1 to 253 characters, none of them a control character, and no slash: %w", key, ErrForbidden)
-		}
-	}
 	return nil
-}
-
-// inDir is key where it lies below dir, else nothing.
-func inDir(key, dir string) string {
-	if dirOf(key) != dir {
-		return ""
-	}
-	return key
 }
 
 // encodeState is the value of a key of the store's own.

@@ -54,13 +54,14 @@ type view struct {
 	revision  int64  // etcd's: everything up to it is in
 	cluster   uint64 // etcd's cluster id
 	items     map[string]item
+	own       map[string]map[string]*federationv1.State // of items, by folder
 	consumers map[*Watch]struct{}
 	sessions  map[federation.ClusterID][]*Session
 }
 
 func newView(s *Store) *view {
 	return &view{
-		store: s, items: make(map[string]item), consumers: make(map[*Watch]struct{}),
+		store: s, items: make(map[string]item), own: make(map[string]map[string]*federationv1.State), consumers: make(map[*Watch]struct{}),
 		sessions: make(map[federation.ClusterID][]*Session),
 	}
 }
@@ -250,6 +251,12 @@ func (v *view) set(key string, e entry, b *batch) {
 		v.store.log.Error("a value cannot be read; its last good version stays in use", "key", key, "error", err)
 	}
 	v.items[key] = it
+	if dir := dirOf(key); it.state != nil {
+		if v.own[dir] == nil {
+			v.own[dir] = make(map[string]*federationv1.State)
+		}
+		v.own[dir][key] = it.state
+	}
 	v.sessionChanged(key, e.modified)
 }
 
@@ -260,6 +267,7 @@ func (v *view) remove(key string, at int64, b *batch) {
 		return
 	}
 	delete(v.items, key)
+	delete(v.own[dirOf(key)], key)
 	if old.record != nil {
 		delete(b.puts, key)
 		b.deletes[key] = struct{}{}
@@ -382,17 +390,11 @@ func (v *view) differences(found map[string]entry) int {
 	return n
 }
 
-// states are the decoded values below dir.
+// states are the decoded values below dir, a folder of the store's own.
 func (v *view) states(dir string) map[string]*federationv1.State {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	out := make(map[string]*federationv1.State)
-	for k, it := range v.items {
-		if it.state != nil && strings.HasPrefix(k, dir) {
-			out[k] = it.state
-		}
-	}
-	return out
+	return maps.Clone(v.own[dir])
 }
 
 // follow ends ss when the watch sees that it is not the newest session.

@@ -29,10 +29,10 @@ var (
 
 // run lists, watches, and lists again where only that helps, until ctx ends.
 func (v *view) run(ctx context.Context) {
-	s := v.store
+	s, machine := v.store, clock.Real()
 	reason, pause := "start", time.Duration(0)
 	for {
-		if pause > 0 && clock.Sleep(ctx, clock.Real(), pause/2+rand.N(pause)) != nil {
+		if pause > 0 && clock.Sleep(ctx, machine, pause/2+rand.N(pause)) != nil {
 			return
 		}
 		if reason != "" {
@@ -45,13 +45,13 @@ func (v *view) run(ctx context.Context) {
 				continue
 			}
 		}
-		began := time.Now()
+		began := machine.Now()
 		err := v.follows(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		pause = min(max(2*pause, 50*time.Millisecond), 2*time.Second)
-		if time.Since(began) > 10*time.Second {
+		if clock.Since(machine, began) > 10*time.Second {
 			pause = 0
 		}
 		switch {
@@ -109,25 +109,27 @@ func (v *view) follows(ctx context.Context) error {
 		clientv3.WithProgressNotify(), clientv3.WithFragment(), clientv3.WithCreatedNotify())
 	verify := s.clock.NewTimer(s.jitter(s.cfg.VerifyEvery))
 	defer verify.Stop()
-	quiet := time.NewTicker(time.Second)
+	machine := clock.Real()
+	quiet := machine.NewTimer(time.Second)
 	defer quiet.Stop()
-	heard, asked := time.Now(), time.Now()
+	heard, asked := machine.Now(), machine.Now()
 	for {
 		select {
 		case resp, ok := <-responses:
 			if !ok {
 				return errLost
 			}
-			heard = time.Now()
+			heard = machine.Now()
 			if err := v.take(ctx, resp); err != nil {
 				return err
 			}
-		case <-quiet.C:
-			switch silent := time.Since(heard); {
+		case <-quiet.C():
+			quiet.Reset(time.Second)
+			switch silent := clock.Since(machine, heard); {
 			case silent > watchDead:
 				return errLost
-			case silent >= watchQuiet && time.Since(asked) >= watchQuiet:
-				asked = time.Now()
+			case silent >= watchQuiet && clock.Since(machine, asked) >= watchQuiet:
+				asked = machine.Now()
 				if err := v.ask(ctx); err != nil {
 					return err
 				}
@@ -136,7 +138,7 @@ func (v *view) follows(ctx context.Context) error {
 			if err := v.verify(ctx); err != nil {
 				return err
 			}
-			heard = time.Now()
+			heard = machine.Now()
 			verify.Reset(s.jitter(s.cfg.VerifyEvery))
 		case <-ctx.Done():
 			return ctx.Err()
