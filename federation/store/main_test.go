@@ -24,6 +24,10 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("rapid.checks", "12"); err != nil {
 		panic(err)
 	}
+	// Most tests wait for etcd's timers, not for a processor.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
 	goleak.VerifyTestMain(m,
 		// Members of a three-member etcd leave idle connections to each other. The
 		// store itself uses no net/http.
