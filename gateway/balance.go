@@ -231,16 +231,3 @@ func (b *balancer) judge(h *health, inARow int) (ejected bool) {
 	h.proving, h.until = true, now.Add(aside)
 	return true
 }
-
-// aside counts the endpoints that are set aside now.
-func (b *balancer) aside() (n int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	now := b.clock.Now()
-	for _, h := range b.health {
-		if now.Before(h.until) {
-			n++
-		}
-	}
-	return n
-}

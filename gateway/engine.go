@@ -36,6 +36,10 @@ type Config struct {
 	Metrics prometheus.Registerer // may be nil
 	// Tunnels is how many connections to one gateway share the load (4).
 	Tunnels int
+	// Unproven bounds the connections of others that have not yet named a
+	// service or shown a certificate (2048): each costs a descriptor and a few
+	// KiB for at most the time that its ClientHello and handshake may take.
+	Unproven int
 }
 
 // Engine is the built-in data path. Apply gives it its work, Drain and Close
@@ -48,7 +52,8 @@ type Engine struct {
 	relay   *relay.Relay
 	buffers *tunnel.Buffers
 
-	config atomic.Pointer[xds.Config]
+	config   atomic.Pointer[xds.Config]
+	unproven chan struct{} // a place for each connection that has not proved anything yet
 
 	applying sync.Mutex // one Apply, Drain or Close at a time
 	sockets  map[string]*socket
@@ -81,6 +86,9 @@ func New(c Config) (*Engine, error) {
 	if c.Tunnels <= 0 {
 		c.Tunnels = 4
 	}
+	if c.Unproven <= 0 {
+		c.Unproven = 2048
+	}
 	if c.Access == nil {
 		c.Access = func(Record) {}
 	}
@@ -96,6 +104,7 @@ func New(c Config) (*Engine, error) {
 		pools:     map[poolKey]*pool{},
 		inbound:   map[*inbound]struct{}{},
 		open:      map[*Record]struct{}{},
+		unproven:  make(chan struct{}, c.Unproven),
 	}
 	e.config.Store(&xds.Config{})
 	e.life, e.end = context.WithCancelCause(context.Background())

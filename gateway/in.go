@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/weftmesh/weft/federation"
@@ -23,6 +24,14 @@ const handshakeTime = 5 * time.Second
 // admit takes a connection of another cluster: it passes it on by name, or ends
 // its TLS and serves its streams. Nothing is answered before the name is known.
 func (e *Engine) admit(c *net.TCPConn, l *xds.Listener) {
+	select {
+	case e.unproven <- struct{}{}:
+	default:
+		e.unadmitted(c, l, "too many", errors.New("too many connections have not named a service yet"))
+		return
+	}
+	proved := sync.OnceFunc(func() { <-e.unproven })
+	defer proved()
 	stop := e.interrupt(c)
 	hello, err := relay.ReadClientHello(c, relay.HelloLimits{Time: l.HelloTimeout})
 	stop()
@@ -40,9 +49,10 @@ func (e *Engine) admit(c *net.TCPConn, l *xds.Listener) {
 	case len(chain.ALPN) > 0 && !slices.ContainsFunc(hello.ALPN, func(p string) bool { return slices.Contains(chain.ALPN, p) }):
 		e.unadmitted(c, l, "wrong protocol", fmt.Errorf("alpn %q for %s", hello.ALPN, chain.Name))
 	case chain.Passthrough != nil:
+		proved()
 		e.passThrough(c, l, chain, hello)
 	default:
-		e.terminate(c, l, chain, hello)
+		e.terminate(c, l, chain, hello, proved)
 	}
 }
 
@@ -125,8 +135,9 @@ func (r *replayed) Read(p []byte) (int, error) {
 	return r.TCPConn.Read(p)
 }
 
-// terminate ends a tunnel here and serves it until it is over.
-func (e *Engine) terminate(c *net.TCPConn, l *xds.Listener, chain *xds.Chain, hello *relay.Hello) {
+// terminate ends a tunnel here and serves it until it is over. proved is called
+// when the handshake is done.
+func (e *Engine) terminate(c *net.TCPConn, l *xds.Listener, chain *xds.Chain, hello *relay.Hello, proved func()) {
 	t := chain.Terminate
 	trust := t.TLS.Trust
 	config := e.cfg.Verifier.Server(identity.ServerConfig{
@@ -152,6 +163,7 @@ func (e *Engine) terminate(c *net.TCPConn, l *xds.Listener, chain *xds.Chain, he
 		return
 	}
 	_ = c.SetDeadline(time.Time{})
+	proved()
 	e.metrics.handshakes.WithLabelValues("server", "accepted").Inc()
 
 	in := &inbound{e: e, state: conn.ConnectionState(), peer: peer, source: c, limits: t, name: l.Name, born: e.clock.Now()}

@@ -11,9 +11,8 @@ import (
 )
 
 const (
-	keepEvery    = time.Second // probes, and a look at what is idle or old
-	probeTimeout = 3 * time.Second
-	warmAgain    = 2 * time.Second // between attempts to have a warm tunnel
+	keepEvery = time.Second     // probes, and a look at what is idle or old
+	warmAgain = 2 * time.Second // between attempts to have a warm tunnel
 )
 
 // Probe is what this engine sees of another cluster's gateway.
@@ -131,12 +130,11 @@ func (p *pool) keep(now time.Time) {
 
 func (p *pool) ping(t *outTunnel) {
 	defer t.pinging.Store(false)
+	// A tunnel carries connections that only a dead peer may cut, and a busy
+	// machine is not a dead one.
 	p.mu.Lock()
-	timeout := p.limits.HTTP2.PingTimeout
+	timeout := max(p.limits.HTTP2.PingTimeout, deadPeer)
 	p.mu.Unlock()
-	if timeout <= 0 {
-		timeout = probeTimeout
-	}
 	ctx, cancel := withTimeout(p.e.life, p.e.clock, timeout)
 	defer cancel()
 	rtt, err := t.Ping(ctx)

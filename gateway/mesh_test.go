@@ -32,14 +32,14 @@ const payments = "payments.shop.svc.clusterset.local:80"
 
 // mesh is a trust domain with engines in it, all in this process.
 type mesh struct {
-	t       *testing.T
+	t       testing.TB
 	td      spiffeid.TrustDomain
 	region  *identity.Authority
 	bundle  *identity.Bundle
 	clients []federation.ClusterID // whom gateways admit
 }
 
-func newMesh(t *testing.T) *mesh {
+func newMesh(t testing.TB) *mesh {
 	t.Helper()
 	m := &mesh{t: t, td: spiffeid.RequireTrustDomainFromString("mesh.example"), clients: []federation.ClusterID{"a", "b", "c", "d"}}
 	now, life := time.Now(), identity.DefaultLifetimes()
@@ -100,7 +100,7 @@ type node struct {
 }
 
 // freeAddr is an address that nobody listens on now.
-func freeAddr(t *testing.T) netip.AddrPort {
+func freeAddr(t testing.TB) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -295,7 +295,7 @@ type server struct {
 
 // serve runs a service until the test's end; each connection is handled by f
 // and closed when f returns.
-func serve(t *testing.T, f func(c *net.TCPConn)) *server {
+func serve(t testing.TB, f func(c *net.TCPConn)) *server {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -337,14 +337,14 @@ func serve(t *testing.T, f func(c *net.TCPConn)) *server {
 }
 
 // greeter speaks first: its name, then an echo of what comes.
-func greeter(t *testing.T, name string) *server {
+func greeter(t testing.TB, name string) *server {
 	return serve(t, func(c *net.TCPConn) {
 		io.WriteString(c, name+"\n")
 		io.Copy(c, struct{ io.Reader }{c})
 	})
 }
 
-func dial(t *testing.T, addr netip.AddrPort) *net.TCPConn {
+func dial(t testing.TB, addr netip.AddrPort) *net.TCPConn {
 	t.Helper()
 	c, err := net.Dial("tcp", addr.String())
 	if err != nil {
@@ -371,7 +371,7 @@ func line(c net.Conn) (string, error) {
 }
 
 // ask is one connection: who greets?
-func ask(t *testing.T, addr netip.AddrPort) (string, error) {
+func ask(t testing.TB, addr netip.AddrPort) (string, error) {
 	t.Helper()
 	c, err := net.Dial("tcp", addr.String())
 	if err != nil {
@@ -438,7 +438,7 @@ func eventually(t testing.TB, what string, f func() bool) {
 }
 
 // testLog writes to the test's log while the test runs.
-type testLog struct{ t *testing.T }
+type testLog struct{ t testing.TB }
 
 func (l *testLog) Write(p []byte) (int, error) {
 	l.t.Log(strings.TrimSuffix(string(p), "\n"))
