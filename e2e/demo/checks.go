@@ -59,6 +59,7 @@ func (p *player) checkWires() Check {
 // access is what the play reads of a gateway's access log.
 type access struct {
 	Direction string `json:"direction"`
+	From      string `json:"from"`
 	Cluster   string `json:"cluster"`
 	Peer      string `json:"peer"`
 }
@@ -71,8 +72,8 @@ func (p *player) checkPeers() Check {
 	for _, name := range slices.Sorted(maps.Keys(p.stage.clusters)) {
 		cluster := p.stage.clusters[name]
 		err := eachLine(cluster.AccessLog(), func(a access) {
-			if a.Cluster == name || a.Cluster == "" {
-				return // stayed at home, or was never connected
+			if a.Direction == "through" || a.From == a.Cluster || a.Cluster == "" {
+				return // opaque here, stayed at home, or was never connected
 			}
 			seen[a.Peer]++
 			if !p.expected(a) {
@@ -97,18 +98,20 @@ func (p *player) checkPeers() Check {
 	return c
 }
 
-// expected reports whether a is a connection to the identity that serves its
-// cluster: the gateway where that ends the tunnel, the service's own account
-// where it passes through.
+// expected reports whether a is a connection between the identities that it
+// must be between: outwards, whoever serves the cluster (the gateway where that
+// ends the tunnel, the service's own account where it passes through); inwards,
+// the gateway of the cluster that it came from.
 func (p *player) expected(a access) bool {
 	td := "spiffe://" + p.stage.lab.TrustDomain + "/cluster/"
-	if a.Direction == "inbound" {
-		return strings.HasPrefix(a.Peer, td) && strings.HasSuffix(a.Peer, "/gateway")
-	}
-	if a.Cluster == us1 {
+	switch {
+	case a.Direction == "in":
+		return a.Peer == td+a.From+"/gateway"
+	case a.Cluster == us1:
 		return a.Peer == td+us1+"/ns/shop/sa/payments"
+	default:
+		return a.Peer == td+a.Cluster+"/gateway"
 	}
-	return a.Peer == td+a.Cluster+"/gateway"
 }
 
 // eachLine reads a file of JSON objects, one a line. A missing file has none.
@@ -123,11 +126,13 @@ func eachLine(path string, do func(access)) error {
 	defer f.Close()
 	s := bufio.NewScanner(f)
 	for s.Scan() {
-		var a access
-		if err := json.Unmarshal(s.Bytes(), &a); err != nil {
+		var line struct {
+			Access access `json:"access"`
+		}
+		if err := json.Unmarshal(s.Bytes(), &line); err != nil {
 			return fmt.Errorf("%s: %w in %.100q", path, err, s.Text())
 		}
-		do(a)
+		do(line.Access)
 	}
 	return s.Err()
 }
