@@ -28,9 +28,9 @@ import (
 // dialer opens a connection to the controllers of a context.
 type dialer func(access.Context) (*grpc.ClientConn, error)
 
-func (a *app) configPath() (string, error) {
-	if a.configFile != "" {
-		return a.configFile, nil
+func (a *app) contextsPath() (string, error) {
+	if a.contextsFile != "" {
+		return a.contextsFile, nil
 	}
 	return access.DefaultPath()
 }
@@ -44,7 +44,7 @@ func (a *app) call(ctx context.Context, do func(context.Context, v1.AdminClient)
 
 // stream runs an exchange that lasts until ctx ends or do returns.
 func (a *app) stream(ctx context.Context, do func(context.Context, v1.AdminClient) error) error {
-	path, err := a.configPath()
+	path, err := a.contextsPath()
 	if err != nil {
 		return err
 	}

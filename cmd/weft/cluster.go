@@ -93,7 +93,7 @@ func (a *app) printToken(cluster, did string, t *v1.JoinToken, m protoMessage) e
 		fmt.Fprintf(a.out, "cluster/%s\n", cluster)
 		return nil
 	}
-	a.say("cluster %s %s. Run this in it within %s:\n", cluster, did, age(time.Until(t.GetExpires().AsTime())))
+	a.say("cluster %s %s. Run this in it within %s:\n", cluster, did, age(time.Until(t.GetExpires().AsTime()).Round(time.Minute)))
 	fmt.Fprintln(a.out, joinCommand(t))
 	a.say("")
 	a.next("weft get clusters -w")

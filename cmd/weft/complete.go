@@ -18,7 +18,7 @@ import (
 const completionTimeout = 700 * time.Millisecond
 
 func (a *app) completeContexts(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-	path, err := a.configPath()
+	path, err := a.contextsPath()
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

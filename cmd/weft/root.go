@@ -27,7 +27,7 @@ type app struct {
 	in       io.Reader
 	out, err io.Writer
 
-	configFile string
+	contextsFile string
 	context    string
 	format     string
 	timeout    time.Duration
@@ -121,7 +121,7 @@ func (a *app) command() *cobra.Command {
 	}
 	root.CompletionOptions.HiddenDefaultCmd = false
 	f := root.PersistentFlags()
-	f.StringVar(&a.configFile, "config", "", "file of contexts (default $WEFT_CONFIG, else weft/config.yaml in your configuration folder)")
+	f.StringVar(&a.contextsFile, "contexts", "", "file of contexts (default $WEFT_CONTEXTS, else weft/contexts.yaml in your configuration folder)")
 	f.StringVar(&a.context, "context", "", "context to use (default the file's current one)")
 	f.StringVarP(&a.format, "output", "o", "table", "table, wide, json, yaml or name")
 	f.DurationVar(&a.timeout, "timeout", 15*time.Second, "how long to wait for the controller")

@@ -39,7 +39,9 @@ func (a *app) statusCommand() *cobra.Command {
 
 func printStatus(w io.Writer, s *v1.GetStatusResponse) {
 	clusters := cell{fmt.Sprintf("%d, all heard", s.GetClusters()), good}
-	if silent := s.GetClusters() - s.GetClustersFresh(); silent > 0 {
+	if s.GetClusters() == 0 {
+		clusters = cell{"none yet", plain}
+	} else if silent := s.GetClusters() - s.GetClustersFresh(); silent > 0 {
 		clusters = cell{fmt.Sprintf("%d, %d silent", s.GetClusters(), silent), warn}
 	}
 	store := "external etcd " + strings.Join(s.GetStore().GetEndpoints(), ", ")

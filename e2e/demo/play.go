@@ -294,7 +294,7 @@ func rest(ctx context.Context, d time.Duration) error {
 
 // keep leaves the mesh running for a person to play with.
 func (p *player) keep(ctx context.Context) {
-	fmt.Fprintf(p.Out, "The mesh goes on until you press Ctrl-C. In another terminal:\n   export WEFT_CONFIG=%s\n   weft get clusters\n   weft why %s --from %s\n", p.stage.lab.Contexts, payments, eu1)
+	fmt.Fprintf(p.Out, "The mesh goes on until you press Ctrl-C. In another terminal:\n   export WEFT_CONTEXTS=%s\n   weft get clusters\n   weft why %s --from %s\n", p.stage.lab.Contexts, payments, eu1)
 	<-ctx.Done()
 }
 

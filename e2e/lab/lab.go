@@ -126,7 +126,7 @@ func (l *Lab) process(name, program, admin string, args ...string) *Process {
 	p := &Process{
 		Name: name, Admin: admin, path: l.binaries[program], args: args,
 		log: l.path(strings.ReplaceAll(name, "/", "-") + ".log"),
-		env: []string{"WEFT_CONFIG=" + l.Contexts},
+		env: []string{"WEFT_CONTEXTS=" + l.Contexts},
 	}
 	l.mu.Lock()
 	l.processes = append(l.processes, p)
@@ -184,7 +184,7 @@ func (l *Lab) Controller(ctx context.Context, settings map[string]any) (*Process
 func (l *Lab) Weft(ctx context.Context, args ...string) (stdout, stderr string, err error) {
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, l.binaries[progCLI], args...)
-	cmd.Env = append(os.Environ(), "WEFT_CONFIG="+l.Contexts, "NO_COLOR=1")
+	cmd.Env = append(os.Environ(), "WEFT_CONTEXTS="+l.Contexts, "NO_COLOR=1")
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err = cmd.Run()
 	if err != nil {

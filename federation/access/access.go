@@ -18,7 +18,7 @@ import (
 )
 
 // EnvFile names the file to use in place of the default.
-const EnvFile = "WEFT_CONFIG"
+const EnvFile = "WEFT_CONTEXTS"
 
 // Config is the whole file.
 type Config struct {
@@ -54,7 +54,7 @@ func (Secret) GoString() string { return "(hidden)" }
 // LogValue hides the secret.
 func (Secret) LogValue() slog.Value { return slog.StringValue("(hidden)") }
 
-// DefaultPath is $WEFT_CONFIG, else weft/config.yaml in the user's
+// DefaultPath is $WEFT_CONTEXTS, else weft/contexts.yaml in the user's
 // configuration folder.
 func DefaultPath() (string, error) {
 	if p := os.Getenv(EnvFile); p != "" {
@@ -64,7 +64,7 @@ func DefaultPath() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("no folder for the configuration: %w; set %s", err, EnvFile)
 	}
-	return filepath.Join(dir, "weft", "config.yaml"), nil
+	return filepath.Join(dir, "weft", "contexts.yaml"), nil
 }
 
 // Load reads a file. A missing file is an empty Config, so that the first
@@ -116,7 +116,7 @@ func (c *Config) Save(path string) error {
 // Context finds a context: the named one, or the current one for "".
 func (c *Config) Context(name string) (*Context, error) {
 	if len(c.Contexts) == 0 {
-		return nil, errors.New("no context yet: a controller writes the first one when it starts (see --admin-credential), or use --config FILE")
+		return nil, errors.New("no context yet: a controller writes the first one when it starts (see --admin-credential), or use --contexts FILE")
 	}
 	if name == "" {
 		name = c.CurrentContext

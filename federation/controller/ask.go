@@ -48,7 +48,7 @@ func (s *adminServer) Why(ctx context.Context, req *federationv1.WhyRequest) (*f
 	}
 	if callerOf(ctx).role == controller {
 		// The one that asked predicts for itself.
-		return nil, status.Errorf(codes.Unavailable, "cluster %s: %v", from, err)
+		return nil, status.Errorf(codes.FailedPrecondition, "cluster %s: %v", from, err)
 	}
 	now := c.state.current()
 	var plan federation.Plan
@@ -121,7 +121,7 @@ func (s *adminServer) Call(ctx context.Context, req *federationv1.CallRequest) (
 			return &federationv1.Answer{Answer: &federationv1.Answer_Call{Call: resp}}, err
 		})
 	if err != nil {
-		return nil, status.Errorf(codes.Unavailable, "cluster %s cannot make the call: %v", from, plainText(err))
+		return nil, status.Errorf(codes.FailedPrecondition, "cluster %s cannot make the call: %v", from, plainText(err))
 	}
 	if answer.GetCall() == nil {
 		return nil, status.Errorf(codes.Unimplemented, "the agent of cluster %s answered something else: is it of an older version?", from)
