@@ -75,8 +75,9 @@ func define(f *serve.Flags) serve.Wire {
 			}
 			c.Sockets = append(c.Sockets, s)
 		}
+		c.Log = p.Log // the agent itself adds its cluster, once it knows
 		p.In(string(c.Cluster()), "")
-		c.Log, c.Metrics = p.Log, p.Metrics
+		c.Metrics = p.Metrics
 		a, err := agent.New(c)
 		if err != nil {
 			return nil, err

@@ -284,7 +284,7 @@ func (a *Agent) newLink() *link {
 // instanceName tells two agents of one cluster apart.
 func instanceName(now time.Time) string {
 	host, _ := os.Hostname()
-	return fmt.Sprintf("%s/%d/%x", host, os.Getpid(), now.UnixNano())
+	return fmt.Sprintf("%s-%d-%x", host, os.Getpid(), now.UnixNano())
 }
 
 // renewIfLate asks for a renewal that the controller's absence has delayed.

@@ -55,7 +55,7 @@ type SessionRequest struct {
 // After ErrUnknown, opening again takes over from oneself.
 func (s *Store) OpenSession(ctx context.Context, req SessionRequest) (*Session, error) {
 	if !checkPart(req.Controller) || !checkPart(req.Instance) {
-		return nil, fmt.Errorf("session of cluster %q: controller and agent need names: %w", req.Cluster, ErrForbidden)
+		return nil, fmt.Errorf("session of cluster %q: the names of controller %q and agent %q must not be empty or hold a slash: %w", req.Cluster, req.Controller, req.Instance, ErrForbidden)
 	}
 	ss := &Session{store: s, cluster: req.Cluster, takenOver: make(chan struct{})}
 	err := retry(ctx, "open session", func() error {
