@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/pem"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -55,6 +57,19 @@ func PassthroughName(c federation.ClusterID, s federation.ServiceID, port uint16
 // Authority names a service port inside a tunnel.
 func Authority(s federation.ServiceID, port uint16) string {
 	return fmt.Sprintf("%s.%s.svc.clusterset.local:%d", s.Name, s.Namespace, port)
+}
+
+// ParseAuthority reads what Authority writes.
+func ParseAuthority(a string) (s federation.ServiceID, port uint16, ok bool) {
+	host, digits, found := strings.Cut(a, ":")
+	n, err := strconv.ParseUint(digits, 10, 16)
+	name, rest, _ := strings.Cut(host, ".")
+	ns, suffix, _ := strings.Cut(rest, ".")
+	if !found || err != nil || n == 0 || suffix != "svc.clusterset.local" {
+		return federation.ServiceID{}, 0, false
+	}
+	s, err = federation.ParseServiceID(ns + "/" + name)
+	return s, uint16(n), err == nil
 }
 
 func gatewayID(td spiffeid.TrustDomain, c federation.ClusterID) string {
