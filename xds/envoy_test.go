@@ -79,7 +79,8 @@ func startEnvoy(t *testing.T, n Node, svid *x509svid.SVID, configure func(*Build
 	if err := os.WriteFile(filepath.Join(dir, "boot.json"), boot, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(binary, "--config-path", filepath.Join(dir, "boot.json"), "--disable-hot-restart", "--concurrency", "1", "-l", "warning")
+	cmd := exec.Command(binary, "--config-path", filepath.Join(dir, "boot.json"), "--disable-hot-restart", "--concurrency", "1", "-l", "warning",
+		"--file-flush-interval-msec", "100")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -75,7 +75,8 @@ func (v *view) set(rev federation.Revision, d Delta) int {
 	defer v.mu.Unlock()
 	before := v.head
 	// Within one change, what is referred to is numbered before what refers to
-	// it, and is removed after it: streams may stop anywhere in between.
+	// it, and is removed after it: streams may stop anywhere in between. (Of a
+	// cluster that is gone, no proxy wants the endpoints any more.)
 	for t := range Type(typeCount) {
 		for _, r := range d.Changed {
 			if r.Type == t {
@@ -83,9 +84,9 @@ func (v *view) set(rev federation.Revision, d Delta) int {
 			}
 		}
 	}
-	for t := int(typeCount) - 1; t >= 0; t-- {
+	for _, t := range [...]Type{TypeListener, TypeRoutes, TypeCluster, TypeEndpoints, TypeSecret} {
 		for _, n := range d.Removed {
-			if n.Type == Type(t) {
+			if n.Type == t {
 				v.remove(n)
 			}
 		}
