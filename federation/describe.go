@@ -74,10 +74,11 @@ func (s Step) String() string {
 		out += " " + commas(s.Regions)
 	}
 	if len(s.Split) > 0 {
-		out += " split"
-		for _, w := range s.Split {
-			out += fmt.Sprintf(" %s:%d", w.Cluster, w.Weight)
+		split := make([]string, len(s.Split))
+		for i, w := range s.Split {
+			split[i] = fmt.Sprintf("%s:%d", w.Cluster, w.Weight)
 		}
+		out += " split " + strings.Join(split, " ")
 	}
 	return out
 }

@@ -234,7 +234,7 @@ func (s *script) merge(d *datadriven.TestData) string {
 	var members []Member
 	var exports []Export
 	var policies []Policy
-	for _, line := range strings.Split(d.Input, "\n") {
+	for line := range strings.SplitSeq(d.Input, "\n") {
 		cmd, list := parseLine(line)
 		switch a := argsOf(list); cmd {
 		case "cluster":
@@ -475,7 +475,8 @@ func (s *script) findings(d *datadriven.TestData) string {
 func checkPlan(t interface {
 	Helper()
 	Fatalf(string, ...any)
-}, c *Catalog, p Plan) {
+}, c *Catalog, p Plan,
+) {
 	t.Helper()
 	tierOf := map[ClusterID]int{}
 	shares := map[ClusterID]PerMille{}

@@ -72,16 +72,17 @@ func (p Port) Compare(o Port) int {
 func SortPorts(ports []Port) error {
 	slices.SortFunc(ports, Port.Compare)
 	names := make(map[string]bool, len(ports))
-	for i, p := range ports {
+	var before Port
+	for _, p := range ports {
 		switch {
 		case p.Name == "" && len(ports) > 1:
 			return fmt.Errorf("port %s needs a name, since there are several", p)
 		case names[p.Name]:
 			return fmt.Errorf("two ports have the name %q", p.Name)
-		case i > 0 && ports[i-1].Number == p.Number && ports[i-1].Protocol == p.Protocol:
+		case before.Number == p.Number && before.Protocol == p.Protocol:
 			return fmt.Errorf("two ports are %d/%s", p.Number, p.Protocol)
 		}
-		names[p.Name] = true
+		names[p.Name], before = true, p
 	}
 	return nil
 }

@@ -187,10 +187,11 @@ func (d *decoder) service(spec *yaml.Node, s *Service) {
 		d.each(endpoints, "spec.endpoints", func(n *yaml.Node, path string) {
 			e := d.endpoint(n, path, s)
 			s.Endpoints = append(s.Endpoints, e)
-			key := e.Address.String()
+			at := make([]string, 0, len(s.Ports))
 			for _, p := range s.Ports {
-				key += fmt.Sprintf(" %d", e.Ports[p])
+				at = append(at, e.At(p).String())
 			}
+			key := strings.Join(at, " ")
 			if e.Address.IsValid() && seen[key] {
 				d.invalid(n, path, "the endpoint stands there twice: keep one")
 			}

@@ -157,7 +157,7 @@ func (d *decoder) number(n *yaml.Node, path string, low, high int, code federati
 }
 
 func (d *decoder) port(n *yaml.Node, path string) uint16 {
-	return uint16(d.number(n, path, 1, 65535, federation.CodePortOutOfRange)) //nolint:gosec // number has checked the range
+	return uint16(d.number(n, path, 1, 65535, federation.CodePortOutOfRange))
 }
 
 const maxDuration = 24 * time.Hour

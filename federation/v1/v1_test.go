@@ -49,9 +49,11 @@ func facts() []Fact {
 			ID:              federation.PolicyID{Origin: "controller", Namespace: "shop", Name: "regional"},
 			TargetNamespace: "shop", TargetService: "payments", SpillBelow: 700, Accepted: 9,
 			Order: []federation.Step{
-				{Kind: federation.StepLocal}, {Kind: federation.StepRegion},
+				{Kind: federation.StepLocal},
+				{Kind: federation.StepRegion},
 				{Kind: federation.StepClusters, Clusters: []federation.ClusterID{"us-1", "eu-2"}, Split: []federation.Weight{{Cluster: "us-1", Weight: 70}, {Cluster: "eu-2"}}},
-				{Kind: federation.StepRegions, Regions: []string{"us"}}, {Kind: federation.StepAny},
+				{Kind: federation.StepRegions, Regions: []string{"us"}},
+				{Kind: federation.StepAny},
 			},
 			Deny:     federation.Deny{Clusters: []federation.ClusterID{"cn-1"}, Regions: []string{"mars"}, Unattested: true},
 			Liveness: federation.LivenessRule{SuspectAfter: time.Second, ExpireAfter: time.Minute, OnSuspect: federation.ActionDeprioritise, OnExpired: federation.ActionRemove},
