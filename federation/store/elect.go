@@ -26,7 +26,8 @@ type Term struct {
 // leader; candidate is what others see as the leader's name. lead's context
 // ends when the term does: when the lease is lost, or ctx ends. When lead
 // returns earlier, it resigns. Elect campaigns again after each term, and
-// returns only when ctx has ended and lead has returned.
+// returns only when ctx has ended, or the store was closed, and lead has
+// returned.
 func (s *Store) Elect(ctx context.Context, name, candidate string, lead func(context.Context, *Term) error) error {
 	if !checkPart(name) || !checkPart(candidate) {
 		return fmt.Errorf("election %q: it and the candidate need names: %w", name, ErrForbidden)
@@ -43,6 +44,11 @@ func (s *Store) Elect(ctx context.Context, name, candidate string, lead func(con
 		})
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		select {
+		case <-s.closed:
+			return ErrClosed
+		default:
 		}
 		log.WarnContext(ctx, "leads no more", "error", err)
 		pause := 500*time.Millisecond + rand.N(500*time.Millisecond)

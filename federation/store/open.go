@@ -41,6 +41,8 @@ type Store struct {
 	// its transactions. Together they name one transaction for ever.
 	writer     string
 	operations atomic.Uint64
+	// newest is about the newest state that a read has seen.
+	newest atomic.Pointer[reached]
 
 	view   *view
 	leased *leased
@@ -216,6 +218,18 @@ func (s *Store) BeginIncarnation(ctx context.Context) error {
 	return retry(ctx, "begin incarnation", func() error {
 		sn, cluster, err := s.readOnce(ctx, nil)
 		if err != nil {
+			return err
+		}
+		return s.beginIncarnation(ctx, sn, cluster, true)
+	})
+}
+
+// wentBack begins a new incarnation because etcd was seen to go back, unless
+// somebody else has ended the incarnation before already.
+func (s *Store) wentBack(ctx context.Context, before string) error {
+	return retry(ctx, "begin incarnation", func() error {
+		sn, cluster, err := s.readOnce(ctx, nil)
+		if err != nil || sn.meta.GetIncarnation() != before {
 			return err
 		}
 		return s.beginIncarnation(ctx, sn, cluster, true)

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
 
 func TestConfigIsChecked(t *testing.T) {
@@ -270,5 +273,28 @@ func TestNewerStoreIsRefused(t *testing.T) {
 		if s != nil {
 			s.Close()
 		}
+	}
+}
+
+func TestOutOfSpace(t *testing.T) {
+	t.Parallel()
+	cfg := embeddedConfig(t)
+	cfg.QuotaBytes = 16 << 20
+	s := open(t, cfg)
+	ctx := timeout(t)
+	var err error
+	for i := 0; err == nil && i < 200; i++ {
+		p := policyRecord(fmt.Sprintf("p%d", i), "pay", 1).GetPolicy()
+		p.Order = []*federationv1.Step{{Regions: []string{strings.Repeat("x", 200<<10)}}}
+		_, err = s.PutPolicy(ctx, p)
+	}
+	if !errors.Is(err, ErrFull) {
+		t.Fatalf("beyond the quota: %v, want ErrFull", err)
+	}
+	if _, err := s.Member(ctx, "eu-1"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("reading goes on: %v", err)
+	}
+	if st, err := s.Status(ctx); err != nil || len(st.Alarms) == 0 {
+		t.Errorf("the alarm is shown: %+v, %v", st, err)
 	}
 }

@@ -58,6 +58,59 @@ func TestRestoreToLowerRevision(t *testing.T) {
 	afterRestore(t, s, w, seen, before.Incarnation, ss)
 }
 
+// A process that writes right after a restore finds out by its own reads and
+// writes, before its watch does.
+func TestWriterNoticesRestore(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t, 1)
+	s := open(t, e.config())
+	ctx := timeout(t)
+	join(t, s, "eu-1")
+	ss := session(t, s, "eu-1")
+	if _, err := ss.ReportFull(ctx, []*federationv1.Record{export("eu-1", "old", 80)}); err != nil {
+		t.Fatal(err)
+	}
+	e.stop()
+	backup := filepath.Join(testDir(t), "backup")
+	if err := os.CopyFS(backup, os.DirFS(e.configs[0].Dir)); err != nil {
+		t.Fatal(err)
+	}
+	e.start()
+	w, err := ss.Report(timeout(t), []*federationv1.Record{export("eu-1", "new", 80)}, nil)
+	for i := range 10 {
+		if err == nil {
+			w, err = ss.Report(timeout(t), []*federationv1.Record{ready("eu-1", "new", int32(i))}, nil)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := s.Member(timeout(t), "eu-1"); err != nil || m == nil {
+		t.Fatal(err)
+	}
+	e.stop()
+	e.configs[0].Dir = backup
+	e.start()
+	p, err := s.PutPolicy(timeout(t), policyRecord("p", "pay", 1).GetPolicy())
+	if err != nil || p.Revision.Incarnation == w.Revision.Incarnation {
+		t.Errorf("a write after the restore: %+v, %v; before it the catalog was at %v", p, err, w.Revision)
+	}
+	if _, err := ss.Report(timeout(t), []*federationv1.Record{export("eu-1", "newer", 80)}, nil); !errors.Is(err, ErrStale) {
+		t.Errorf("a session from before the restore: %v, want ErrStale", err)
+	}
+	// A session of the new incarnation stays, though the watch is behind.
+	fresh := session(t, s, "eu-1")
+	eventually(t, func() bool { _, _, now := s.view.at(); return now == p.Revision.Incarnation })
+	select {
+	case <-fresh.Done():
+		t.Error("the new session was ended")
+	default:
+	}
+	if _, err := fresh.ReportFull(timeout(t), []*federationv1.Record{export("eu-1", "newer", 80)}); err != nil {
+		t.Error(err)
+	}
+}
+
 // Restored into another etcd cluster: another cluster id, with revisions of
 // its own.
 func TestRestoreIntoAnotherCluster(t *testing.T) {

@@ -25,13 +25,14 @@ import (
 // so writes only what differs. Its methods are safe for concurrent use, and
 // run one after the other.
 type Session struct {
-	store      *Store
-	cluster    federation.ClusterID
-	epoch      int64
-	generation int64
-	opened     int64 // revision at which the session was taken over
-	takenOver  chan struct{}
-	endOnce    sync.Once
+	store       *Store
+	cluster     federation.ClusterID
+	epoch       int64
+	generation  int64
+	incarnation string
+	opened      int64 // revision at which the session was taken over
+	takenOver   chan struct{}
+	endOnce     sync.Once
 
 	mu     sync.Mutex
 	stale  error // once set, every write fails with it
@@ -75,6 +76,7 @@ func (s *Store) OpenSession(ctx context.Context, req SessionRequest) (*Session, 
 			return err
 		}
 		ss.epoch, ss.generation = st.GetSession().GetEpoch()+1, m.GetGeneration()
+		ss.incarnation = sn.meta.GetIncarnation()
 		t := s.begin("open_session", sn)
 		t.require(sn.compare(clusterKey(req.Cluster), sessionKey(req.Cluster))...)
 		t.putState(s, sessionKey(req.Cluster), &federationv1.State{Body: &federationv1.State_Session{Session: &federationv1.SessionState{
@@ -280,7 +282,7 @@ func (ss *Session) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if ss.base != nil && sn.meta.GetIncarnation() != ss.base.meta.GetIncarnation() {
+	if sn.meta.GetIncarnation() != ss.incarnation {
 		return ss.lose(fmt.Errorf("session of cluster %q: the store was restored: %w", ss.cluster, ErrStale))
 	}
 	m, err := sn.member(ss.cluster)
@@ -387,6 +389,11 @@ func (ss *Session) commit(ctx context.Context, part []change, report *federation
 		t.putState(s, reportKey(ss.cluster), &federationv1.State{Body: &federationv1.State_Report{Report: report}}, 0)
 		var err error
 		rev, err = s.commit(ctx, t)
+		if err == nil && rev <= ss.base.revision {
+			// etcd went back. What was just written is the cluster's own and true, but
+			// the rest of what the session knows is not.
+			return ss.lose(fmt.Errorf("session of cluster %q: the store was restored: %w", ss.cluster, ErrStale))
+		}
 		if !errors.Is(err, errRaced) {
 			return err
 		}

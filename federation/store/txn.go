@@ -91,17 +91,31 @@ func (sn *snapshot) member(c federation.ClusterID) (*federationv1.Member, error)
 // read gets keys, meta and head at one revision, linearizably.
 func (s *Store) read(ctx context.Context, keys ...string) (*snapshot, error) {
 	for {
+		before := s.newest.Load()
 		sn, cluster, err := s.readOnce(ctx, keys)
 		if err != nil {
 			return nil, err
 		}
-		if sn.meta.GetEtcdClusterId() == cluster {
+		switch {
+		case sn.meta.GetEtcdClusterId() != cluster:
+			err = s.adopt(ctx)
+		case before != nil && before.incarnation == sn.meta.GetIncarnation() && sn.revision < before.revision:
+			// A linearizable read is behind an earlier one: etcd went back.
+			err = s.wentBack(ctx, before.incarnation)
+		default:
+			s.newest.Store(&reached{incarnation: sn.meta.GetIncarnation(), revision: sn.revision})
 			return sn, nil
 		}
-		if err := s.adopt(ctx); err != nil {
+		if err != nil {
 			return nil, err
 		}
 	}
+}
+
+// reached is a state of etcd that has been seen.
+type reached struct {
+	incarnation string
+	revision    int64
 }
 
 func (s *Store) readOnce(ctx context.Context, keys []string) (_ *snapshot, cluster uint64, err error) {

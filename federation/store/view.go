@@ -318,7 +318,9 @@ func (v *view) anew(b *batch) *batch {
 	full.deletes = b.deletes
 	for _, of := range v.sessions {
 		for _, ss := range of {
-			ss.end()
+			if ss.incarnation != full.revision.Incarnation {
+				ss.end()
+			}
 		}
 	}
 	return full
@@ -402,6 +404,9 @@ func (v *view) follow(ss *Session) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.sessions[ss.cluster] = append(v.sessions[ss.cluster], ss)
+	if ss.incarnation != v.meta().GetIncarnation() {
+		return // the view is behind: what it knows is of another history
+	}
 	if it, ok := v.items[sessionKey(ss.cluster)]; ok && it.modified > ss.opened || !ok && v.revision > ss.opened {
 		ss.end()
 	}
@@ -422,7 +427,7 @@ func (v *view) sessionChanged(key string, at int64) {
 		return
 	}
 	for _, ss := range v.sessions[federation.ClusterID(strings.TrimPrefix(key, dirSession))] {
-		if at > ss.opened {
+		if at > ss.opened && ss.incarnation == v.meta().GetIncarnation() {
 			ss.end()
 		}
 	}

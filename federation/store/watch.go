@@ -93,8 +93,8 @@ func (v *view) adopt(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if now == cluster && sn.revision < revision && sn.meta.GetIncarnation() == incarnation {
-		return s.BeginIncarnation(ctx)
+	if now == cluster && sn.revision < revision {
+		return s.wentBack(ctx, incarnation)
 	}
 	return nil
 }
