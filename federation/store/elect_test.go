@@ -201,3 +201,63 @@ func TestLeadershipPassesOn(t *testing.T) {
 		t.Errorf("it led %d times, want 2", n)
 	}
 }
+
+// A candidate that waited longer than its own key lived must not believe that
+// it leads.
+func TestCandidateOutlivesItsKey(t *testing.T) {
+	t.Parallel()
+	e := newEtcd(t, 1)
+	a, b := open(t, e.config()), open(t, e.config())
+	ctx, cancel := context.WithCancel(timeout(t))
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	aLeads, stopA := make(chan struct{}), make(chan struct{})
+	wg.Go(func() {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		a.Elect(ctx, "leader", "a", func(context.Context, *Term) error {
+			close(aLeads)
+			<-stopA
+			cancel()
+			return nil
+		})
+	})
+	<-aLeads
+	confirmed := make(chan error, 1)
+	wg.Go(func() {
+		b.Elect(ctx, "leader", "b", func(ctx context.Context, term *Term) error {
+			select {
+			case confirmed <- term.Confirm(ctx):
+			default:
+			}
+			<-ctx.Done()
+			return nil
+		})
+	})
+	client := raw(t, a)
+	candidates := func() []string {
+		resp, err := client.Get(ctx, a.prefix+dirElection, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var keys []string
+		for _, kv := range resp.Kvs {
+			keys = append(keys, string(kv.Key))
+		}
+		return keys
+	}
+	eventually(t, func() bool { return len(candidates()) == 2 })
+	if _, err := client.Delete(ctx, candidates()[1]); err != nil {
+		t.Fatal(err)
+	}
+	close(stopA)
+	select {
+	case err := <-confirmed:
+		if err != nil {
+			t.Errorf("it led without a key: %v", err)
+		}
+	case <-ctx.Done():
+		t.Error("nobody leads")
+	}
+}
