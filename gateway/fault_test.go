@@ -20,8 +20,8 @@ type wan struct {
 	thaw    *sync.Cond
 }
 
-func newWAN(t testing.TB, to netip.AddrPort) *wan {
-	w := &wan{}
+func newWAN(t testing.TB, to netip.AddrPort, swallow int) *wan {
+	w := &wan{swallow: swallow}
 	w.thaw = sync.NewCond(&w.mu)
 	t.Cleanup(func() { w.freeze(false) }) // before the server's own clean-up
 	pass := func(from, to *net.TCPConn) {
@@ -80,8 +80,7 @@ func (n *node) behind(w *wan) backendOf {
 func TestLostFirstAttemptIsHedged(t *testing.T) {
 	m := newMesh(t)
 	b := m.gateway("b").serves(payments, greeter(t, "b").addr).start()
-	w := newWAN(t, b.addr)
-	w.swallow = 1
+	w := newWAN(t, b.addr, 1)
 	a := m.gateway("a")
 	addr := a.imports(payments, b.behind(w))
 	a.start()
@@ -100,7 +99,7 @@ func TestWarmTunnelThatFallsSilent(t *testing.T) {
 	m := newMesh(t)
 	b := m.gateway("b").serves(payments, greeter(t, "b").addr).start()
 	c := m.gateway("c").serves(payments, greeter(t, "c").addr).start()
-	w := newWAN(t, b.addr)
+	w := newWAN(t, b.addr, 0)
 	a := m.gateway("a")
 	addr := a.imports(payments, b.behind(w), to(c, 1, 1000))
 	a.start()
