@@ -14,7 +14,7 @@ import (
 
 func (a *app) drainCommand() *cobra.Command {
 	var over, closeExisting time.Duration
-	var noWait bool
+	var noWait, force bool
 	c := &cobra.Command{
 		Use:   "drain CLUSTER",
 		Short: "Move new traffic away from a cluster, step by step",
@@ -26,7 +26,7 @@ given time. Established connections go on until they end, or until
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completeClusters,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req := &v1.DrainRequest{Cluster: args[0], Over: durationpb.New(over)}
+			req := &v1.DrainRequest{Cluster: args[0], Over: durationpb.New(over), Force: force}
 			if cmd.Flags().Changed("close-existing") {
 				req.CloseExistingAfter = durationpb.New(closeExisting)
 			}
@@ -53,6 +53,7 @@ given time. Established connections go on until they end, or until
 	}
 	c.Flags().DurationVar(&over, "over", 30*time.Second, "time in which the share goes to 0")
 	c.Flags().DurationVar(&closeExisting, "close-existing", 0, "close what is still connected this long after the share reached 0")
+	c.Flags().BoolVar(&force, "force", false, "drain it although a service has nowhere else to go; such traffic stays")
 	c.Flags().BoolVar(&noWait, "no-wait", false, "do not wait until it is done")
 	return c
 }

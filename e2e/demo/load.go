@@ -7,8 +7,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
+
+	"github.com/weftmesh/weft/e2e/lab"
 )
 
 // outcome is one request as its caller saw it.
@@ -164,13 +167,10 @@ func recovery(outcomes []outcome, fault time.Time) (time.Duration, bool) {
 	return 0, false
 }
 
-// excused reports whether a failed request was in flight when one of the
-// faults happened, which nobody could have saved.
-func excused(o outcome, faults []time.Time) bool {
-	for _, f := range faults {
-		if !o.started.After(f) && !o.ended.Before(f) {
-			return true
-		}
-	}
-	return false
+// excused reports whether a failed request was in flight while one of the
+// killed processes died, which nobody could have saved.
+func excused(o outcome, faults []lab.Death) bool {
+	return slices.ContainsFunc(faults, func(f lab.Death) bool {
+		return !o.started.After(f.Gone) && !o.ended.Before(f.Sent)
+	})
 }

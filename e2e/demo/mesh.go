@@ -99,7 +99,7 @@ func (s *stage) addCluster(ctx context.Context, index byte, name string) error {
 	s.clusters[name] = c
 	for n := range 2 {
 		args := []string{"demo", "backend", "--cluster", name, "--name", backendName(n), "--http", s.lab.Addr(index, byte(10+n), paymentsPort)}
-		if name == eu2 && n == 0 {
+		if name != eu1 && n == 0 {
 			args = append(args, "--echo", s.lab.Addr(index, 10, echoPort))
 		}
 		p, err := c.Run(backendName(n), self, args...)
@@ -131,7 +131,7 @@ spec:
 		}
 	}
 	b.WriteString("  healthCheck: {http: {path: /healthz, port: http}, interval: 250ms, timeout: 200ms, unhealthyAfter: 2, healthyAfter: 1}\n")
-	if name == eu2 {
+	if name != eu1 {
 		fmt.Fprintf(&b, `---
 apiVersion: weft.dev/v1
 kind: Service
@@ -200,17 +200,17 @@ func (s *stage) address(ctx context.Context, service string, port int) (string, 
 	return fmt.Sprintf("%s:%d", ips[0], port), nil
 }
 
-// killBackends ends backends of a cluster and returns the moments of the kills.
-func (s *stage) killBackends(cluster string, which ...int) ([]time.Time, error) {
+// killBackends ends backends of a cluster, all at once.
+func (s *stage) killBackends(cluster string, which ...int) ([]lab.Death, error) {
 	var g errgroup.Group
-	at := make([]time.Time, len(which))
+	deaths := make([]lab.Death, len(which))
 	for i, n := range which {
 		g.Go(func() (err error) {
-			at[i], err = s.backends[cluster][n].Kill()
+			deaths[i], err = s.backends[cluster][n].Kill()
 			return err
 		})
 	}
-	return at, g.Wait()
+	return deaths, g.Wait()
 }
 
 func (s *stage) startBackends(cluster string, which ...int) error {

@@ -48,9 +48,8 @@ type player struct {
 // scene is one step: what it does, and what that may cost.
 type scene struct {
 	act
-	// play does the step. It returns the moments of kills or, without kills,
-	// the moment of the change.
-	play func(context.Context, *player) ([]time.Time, error)
+	// play does the step, and returns its kills.
+	play func(context.Context, *player) ([]lab.Death, error)
 }
 
 // Lengths of the scenes. Everything together stays under 90 s.
@@ -193,11 +192,11 @@ func (p *player) scene(ctx context.Context, number int, sc scene) error {
 	return ctx.Err()
 }
 
-func steady(ctx context.Context, _ *player) ([]time.Time, error) {
+func steady(ctx context.Context, _ *player) ([]lab.Death, error) {
 	return nil, rest(ctx, steadyFor)
 }
 
-func killLocal(ctx context.Context, p *player) ([]time.Time, error) {
+func killLocal(ctx context.Context, p *player) ([]lab.Death, error) {
 	faults, err := p.stage.killBackends(eu1, 0, 1)
 	if err != nil {
 		return nil, err
@@ -205,15 +204,14 @@ func killLocal(ctx context.Context, p *player) ([]time.Time, error) {
 	return faults, rest(ctx, afterKill)
 }
 
-func drain(ctx context.Context, p *player) ([]time.Time, error) {
-	began := time.Now()
+func drain(ctx context.Context, p *player) ([]lab.Death, error) {
 	if _, _, err := p.stage.lab.Weft(ctx, "drain", eu2, "--over", drainOver.String(), "--timeout", "30s"); err != nil {
 		return nil, err
 	}
-	return []time.Time{began}, rest(ctx, afterDrain)
+	return nil, rest(ctx, afterDrain)
 }
 
-func killController(ctx context.Context, p *player) ([]time.Time, error) {
+func killController(ctx context.Context, p *player) ([]lab.Death, error) {
 	killed, err := p.stage.controller.Kill()
 	if err != nil {
 		return nil, err
@@ -225,7 +223,7 @@ func killController(ctx context.Context, p *player) ([]time.Time, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := rest(ctx, time.Until(killed.Add(controlOff))); err != nil {
+	if err := rest(ctx, time.Until(killed.Sent.Add(controlOff))); err != nil {
 		return nil, err
 	}
 	if err := p.stage.controller.Start(); err != nil {
@@ -239,7 +237,7 @@ func killController(ctx context.Context, p *player) ([]time.Time, error) {
 	return faults, p.until(ctx, "eu-1's agent to be back", func(w why) bool { return !w.Predicted })
 }
 
-func comeBack(ctx context.Context, p *player) ([]time.Time, error) {
+func comeBack(ctx context.Context, p *player) ([]lab.Death, error) {
 	if !p.stage.controller.Running() {
 		return nil, errors.New("the controller is not back")
 	}

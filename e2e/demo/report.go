@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/weftmesh/weft/e2e/lab"
 )
 
 // Report is what the demo found. Its JSON is the demo's -o json.
@@ -53,8 +55,8 @@ type act struct {
 	disturbs bool
 }
 
-// judge sums the outcomes of an act up. faults are the moments of its kills.
-func judge(a act, outcomes []outcome, faults []time.Time, took time.Duration) Step {
+// judge sums the outcomes of an act up. faults are its kills.
+func judge(a act, outcomes []outcome, faults []lab.Death, took time.Duration) Step {
 	s := Step{
 		Name: a.name, Title: a.title, Requests: len(outcomes), Seconds: took.Seconds(),
 		ServedBy: map[string]int{}, OK: true,
@@ -77,7 +79,7 @@ func judge(a act, outcomes []outcome, faults []time.Time, took time.Duration) St
 		s.Errors = append(s.Errors, fmt.Sprintf("%d x %s", errs[text], text))
 	}
 	if a.disturbs && len(faults) > 0 {
-		if d, ok := recovery(outcomes, faults[0]); ok {
+		if d, ok := recovery(outcomes, faults[0].Sent); ok {
 			s.RecoverMillis = d.Milliseconds()
 		} else {
 			s.RecoverMillis = -1

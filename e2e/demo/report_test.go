@@ -4,6 +4,8 @@ import (
 	"errors"
 	"testing"
 	"time"
+
+	"github.com/weftmesh/weft/e2e/lab"
 )
 
 // timeline builds outcomes of 1 ms each, one after the other, from a string:
@@ -56,13 +58,17 @@ func TestJudgeExcusesOnlyWhatWasInFlight(t *testing.T) {
 	inFlight := dots(10) + "x" + dots(150)
 	late := dots(10) + "xx" + dots(150)
 	a := act{name: "kill", kills: true, disturbs: true}
-	if s := judge(a, timeline(start, inFlight), []time.Time{kill}, time.Second); !s.OK || s.Failed != 1 || s.Excused != 1 {
+	if s := judge(a, timeline(start, inFlight), []lab.Death{{Sent: kill, Gone: kill}}, time.Second); !s.OK || s.Failed != 1 || s.Excused != 1 {
 		t.Errorf("in flight at the kill: %+v", s)
 	}
-	if s := judge(a, timeline(start, late), []time.Time{kill}, time.Second); s.OK || s.Failed != 2 || s.Excused != 1 {
+	if s := judge(a, timeline(start, late), []lab.Death{{Sent: kill, Gone: kill}}, time.Second); s.OK || s.Failed != 2 || s.Excused != 1 {
 		t.Errorf("one after the kill: %+v", s)
 	}
-	if s := judge(act{name: "steady"}, timeline(start, inFlight), []time.Time{kill}, time.Second); s.OK {
+	slow := lab.Death{Sent: kill, Gone: kill.Add(2 * time.Millisecond)}
+	if s := judge(a, timeline(start, late), []lab.Death{slow}, time.Second); !s.OK || s.Excused != 2 {
+		t.Errorf("both met a process that was dying: %+v", s)
+	}
+	if s := judge(act{name: "steady"}, timeline(start, inFlight), []lab.Death{{Sent: kill, Gone: kill}}, time.Second); s.OK {
 		t.Errorf("a step without kills excuses nothing: %+v", s)
 	}
 	if s := judge(act{name: "steady"}, nil, nil, time.Second); s.OK {

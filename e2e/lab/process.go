@@ -117,13 +117,20 @@ func (p *Process) Signal(s syscall.Signal) error {
 	return err
 }
 
-// Kill ends the process without a warning, and waits until it is gone. It
-// returns the moment at which the signal was sent.
-func (p *Process) Kill() (time.Time, error) {
-	at := time.Now()
+// Death is when a process was killed: from the signal until the system had
+// taken it apart. Until then its sockets still take connections, which then
+// die with it.
+type Death struct{ Sent, Gone time.Time }
+
+// Kill ends the process without a warning, and waits until it is gone.
+func (p *Process) Kill() (Death, error) {
+	d := Death{Sent: time.Now()}
 	err := p.Signal(syscall.SIGKILL)
-	p.wait(10 * time.Second)
-	return at, err
+	if !p.wait(10 * time.Second) {
+		err = errors.Join(err, fmt.Errorf("%s (pid %d) is still there 10 s after it was killed", p.Name, p.Pid()))
+	}
+	d.Gone = time.Now()
+	return d, err
 }
 
 // Stop asks the process to end, and kills it after the grace time.
