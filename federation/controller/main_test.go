@@ -310,14 +310,21 @@ func (m *testMesh) register(c *Started, cluster string) *federationv1.JoinToken 
 	return resp.GetToken()
 }
 
-// enroll redeems a token for a key.
-func (m *testMesh) enroll(addr string, token *federationv1.JoinToken, key *ecdsa.PrivateKey) (*credential, *federationv1.EnrollResponse, error) {
+// redeem shows a token with a CSR.
+func (m *testMesh) redeem(addr string, token *federationv1.JoinToken, csr []byte) (*federationv1.EnrollResponse, error) {
 	m.t.Helper()
 	pin := must(identity.ParsePin(token.GetCaHash()))(m.t)
 	conn := m.dialTLS(identity.PinnedClient(pin, m.clock, nil, "h2"), addr)
-	resp, err := federationv1.NewEnrollClient(conn).Enroll(timeout(m.t), &federationv1.EnrollRequest{
-		Token: token.GetToken(), Csr: must(identity.NewCSR(key))(m.t), AgentVersion: "test",
+	defer conn.Close()
+	return federationv1.NewEnrollClient(conn).Enroll(timeout(m.t), &federationv1.EnrollRequest{
+		Token: token.GetToken(), Csr: csr, AgentVersion: "test",
 	})
+}
+
+// enroll redeems a token for a key.
+func (m *testMesh) enroll(addr string, token *federationv1.JoinToken, key *ecdsa.PrivateKey) (*credential, *federationv1.EnrollResponse, error) {
+	m.t.Helper()
+	resp, err := m.redeem(addr, token, must(identity.NewCSR(key))(m.t))
 	if err != nil {
 		return nil, nil, err
 	}
