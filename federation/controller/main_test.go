@@ -415,6 +415,23 @@ func (m *testMesh) connect(cred *credential, addr string, before *testAgent) (*t
 	return a, nil
 }
 
+// connectWith is connect for an agent that answers questions.
+func (m *testMesh) connectWith(cred *credential, addr string, answer func(*federationv1.Question) *federationv1.Answer) (*testAgent, error) {
+	m.t.Helper()
+	a, err := m.connect(cred, addr, nil)
+	if err == nil {
+		a.mu.Lock()
+		a.answer = answer
+		a.mu.Unlock()
+	}
+	return a, err
+}
+
+func mustKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	return must(identity.NewKey())(t)
+}
+
 func (m *testMesh) mustConnect(cred *credential, addr string, before *testAgent) *testAgent {
 	m.t.Helper()
 	a, err := m.connect(cred, addr, before)
@@ -457,15 +474,15 @@ func (a *testAgent) read() {
 		if r := msg.GetReportResult(); r != nil {
 			a.results = append(a.results, r)
 		}
-		q := msg.GetQuestion()
+		q, reply := msg.GetQuestion(), a.answer
 		close(a.changed)
 		a.changed = make(chan struct{})
 		a.mu.Unlock()
 		if err != nil {
 			return
 		}
-		if q != nil && a.answer != nil {
-			answer := a.answer(q)
+		if q != nil && reply != nil {
+			answer := reply(q)
 			answer.Id = q.GetId()
 			a.send(&federationv1.SyncRequest{Message: &federationv1.SyncRequest_Answer{Answer: answer}})
 		}

@@ -114,15 +114,20 @@ func (t *trust) start(ctx context.Context) error {
 				return nil
 			}
 			err = t.makeRegion(ctx)
-			if err != nil && !errors.Is(err, store.ErrExists) {
+			if err != nil && !beaten(err) {
 				return fmt.Errorf("make the authority of region %s: %w", t.region, err)
 			}
 			continue
 		}
-		if err := t.makeMesh(ctx); err != nil && !errors.Is(err, store.ErrExists) {
+		if err := t.makeMesh(ctx); err != nil && !beaten(err) {
 			return fmt.Errorf("make the mesh's authorities: %w", err)
 		}
 	}
+}
+
+// beaten reports whether another controller has made the same first.
+func beaten(err error) bool {
+	return errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrConflict)
 }
 
 // openKEK reads the key file. It is made where nothing is sealed yet: later a
