@@ -38,7 +38,8 @@ func (l *leader) addresses(ctx context.Context, snap *snapshot, now time.Time) e
 			}
 		}
 	}
-	if !now.Before(l.releaseAt) {
+	due := !now.Before(l.releaseAt)
+	if due {
 		l.releaseAt = now.Add(releaseCheck)
 		for _, f := range l.c.state.all(federationv1.KindVIP) {
 			v := f.Body.(federation.VIP)
@@ -52,7 +53,20 @@ func (l *leader) addresses(ctx context.Context, snap *snapshot, now time.Time) e
 		return err // l.reconciled stays: the same is looked at again
 	}
 	l.reconciled = snap.Catalog
-	return nil
+	if !due || len(l.without) == 0 {
+		return nil
+	}
+	// An address may have become free for those that found none.
+	swaps = nil
+	for key := range l.without {
+		m, ok := snap.Catalog.Member(key.Cluster)
+		if !ok || !m.VIPs.IsValid() || m.State == federation.MemberDeregistered {
+			delete(l.without, key)
+			continue
+		}
+		add(m, key.Service)
+	}
+	return l.swap(ctx, swaps)
 }
 
 // affected are the clusters whose registration changed since the last
@@ -90,6 +104,9 @@ func (l *leader) reconcile(ctx context.Context, c *federation.Catalog, m *federa
 	f, has := l.c.state.fact(key)
 	_, visible := c.ServiceFrom(s, m.Cluster)
 	w := store.Swap{Key: key.String()}
+	if !visible {
+		delete(l.without, key)
+	}
 	if has {
 		w.Old = f.Record()
 		v := f.Body.(federation.VIP)
@@ -115,9 +132,13 @@ func (l *leader) reconcile(ctx context.Context, c *federation.Catalog, m *federa
 	taken := l.taken[m.Cluster]
 	addr, err := chooseVIP(m.VIPs, s, func(a netip.Addr) bool { _, used := taken[a.String()]; return used })
 	if err != nil {
-		l.c.log.ErrorContext(ctx, "a service gets no clusterset address", "cluster", string(m.Cluster), "service", s.String(), "range", m.VIPs.String(), "error", err)
+		if !l.without[key] {
+			l.without[key] = true
+			l.c.log.ErrorContext(ctx, "a service gets no clusterset address", "cluster", string(m.Cluster), "service", s.String(), "range", m.VIPs.String(), "error", err)
+		}
 		return w, false
 	}
+	delete(l.without, key)
 	l.take(m.Cluster, addr.String(), s)
 	w.New = federationv1.VIPRecord(m.Cluster, s, federation.VIP{Address: addr})
 	return w, true

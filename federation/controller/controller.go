@@ -196,19 +196,19 @@ func (c *Controller) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer c.store.Close()
-	g, ctx := errgroup.WithContext(ctx)
+	g, inner := errgroup.WithContext(ctx)
 	watch := c.store.Watch()
 	defer watch.Close()
-	g.Go(func() error { return c.state.run(ctx, watch) })
+	g.Go(func() error { return c.state.run(inner, watch) })
 	g.Go(func() error {
 		select {
 		case err := <-c.store.Err():
 			return fmt.Errorf("the store has ended: %w", err)
-		case <-ctx.Done():
+		case <-inner.Done():
 			return nil
 		}
 	})
-	g.Go(func() error { return c.serve(ctx) })
+	g.Go(func() error { return c.serve(inner) })
 	return g.Wait()
 }
 

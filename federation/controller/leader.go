@@ -37,6 +37,7 @@ type leader struct {
 	// which addresses are taken.
 	reconciled *federation.Catalog
 	taken      map[federation.ClusterID]map[string]federation.ServiceID
+	without    map[federationv1.Key]bool // services that found no address free
 
 	rotateAt, sweepAt, releaseAt time.Time
 	wholeSince                   time.Time // since when every member has reported, in recovery
@@ -55,7 +56,7 @@ func (c *Controller) lead(ctx context.Context, term *store.Term) error {
 		c: c, term: term,
 		since: map[federation.ClusterID]time.Time{},
 		ramps: map[federation.ClusterID]*runningRamp{},
-		taken: map[federation.ClusterID]map[string]federation.ServiceID{},
+		taken: map[federation.ClusterID]map[string]federation.ServiceID{}, without: map[federationv1.Key]bool{},
 	}
 	if err := c.state.reached(ctx, federation.Revision{}); err != nil {
 		return err
