@@ -452,3 +452,14 @@ func TestManyStreams(t *testing.T) {
 		t.Errorf("the slow stream got %d resources in one response, want 10", got)
 	}
 }
+
+// response holds those resources that are of type t.
+func response(t Type, resources []*Resource) *discoveryv3.DeltaDiscoveryResponse {
+	m := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: t.url()}
+	for _, r := range resources {
+		if r.Type == t {
+			m.Resources = append(m.Resources, wire(r))
+		}
+	}
+	return m
+}

@@ -47,12 +47,16 @@ func (p deltaProtocol) recv() (*request, error) {
 	if err != nil {
 		return nil, err
 	}
+	return deltaRequest(r), nil
+}
+
+func deltaRequest(r *discoveryv3.DeltaDiscoveryRequest) *request {
 	return &request{
 		url: r.GetTypeUrl(), node: r.GetNode(), nonce: r.GetResponseNonce(),
 		refused: r.GetErrorDetail() != nil, cause: r.GetErrorDetail().GetMessage(),
 		add: r.GetResourceNamesSubscribe(), take: r.GetResourceNamesUnsubscribe(),
 		known: r.GetInitialResourceVersions(),
-	}, nil
+	}
 }
 
 func (p deltaProtocol) send(b *batch) error {
