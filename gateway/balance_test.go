@@ -131,13 +131,18 @@ func TestLocalityWithoutWeightGetsNothing(t *testing.T) {
 func TestEjection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBalancer(clock.Real(), clusterOf(planned{name: "a", weight: 1000}, planned{name: "b", tier: 1, weight: 1000}))
-		fail := func() (ejected bool) {
+		// failures of a, one after the other; only the last may set it aside.
+		fail := func(times int, ejected bool) {
 			t.Helper()
-			c := b.pick(newSearch())
-			if c.locality.Cluster != "a" {
-				t.Fatalf("got %s, want a", c.locality.Cluster)
+			for i := range times {
+				c := b.pick(newSearch())
+				if c.locality.Cluster != "a" {
+					t.Fatalf("got %s, want a", c.locality.Cluster)
+				}
+				if got, want := b.failed(c), ejected && i == times-1; got != want {
+					t.Fatalf("failure %d of %d: set aside is %v, want %v", i+1, times, got, want)
+				}
 			}
-			return b.failed(c)
 		}
 		aside := func(d time.Duration) {
 			t.Helper()
@@ -150,34 +155,24 @@ func TestEjection(t *testing.T) {
 				t.Fatalf("%v after the ejection: %s", d, got)
 			}
 		}
-		if fail() || fail() {
-			t.Fatal("set aside too early")
-		}
+		fail(2, false)
 		b.connected(b.pick(newSearch())) // not in a row
-		if fail() || fail() || !fail() {
-			t.Fatal("three in a row must set aside, not fewer")
-		}
+		fail(3, true)
 		if order := b.order(); len(order) != 2 || order[0] != "b" || order[1] != "a" {
 			t.Errorf("order %v: who is set aside comes last, but comes", order)
 		}
 		aside(5 * time.Second)
 		for _, d := range []time.Duration{10, 15, 20, 25, 30, 30} {
-			if !fail() {
-				t.Fatal("one that is just back is set aside by one failure")
-			}
+			fail(1, true) // it was just back
 			aside(d * time.Second)
 		}
 		b.connected(b.pick(newSearch()))
-		if fail() || fail() || !fail() {
-			t.Fatal("one that has proved itself may fail twice")
-		}
+		fail(3, true)           // it had proved itself
 		aside(30 * time.Second) // its past is not forgotten so soon
 		b.connected(b.pick(newSearch()))
 		time.Sleep(31 * time.Second)
 		b.connected(b.pick(newSearch()))
-		if fail() || fail() || !fail() {
-			t.Fatal("want a fresh start")
-		}
+		fail(3, true) // a fresh start
 		aside(5 * time.Second)
 	})
 }

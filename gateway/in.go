@@ -36,8 +36,7 @@ func (e *Engine) admit(c *net.TCPConn, l *xds.Listener) {
 	hello, err := relay.ReadClientHello(c, relay.HelloLimits{Time: l.HelloTimeout})
 	stop()
 	if err != nil {
-		var he *relay.HelloError
-		if errors.As(err, &he) {
+		if he, ok := errors.AsType[*relay.HelloError](err); ok {
 			e.unadmitted(c, l, he.Fault.String(), err)
 		}
 		return

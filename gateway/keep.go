@@ -114,8 +114,7 @@ func (p *pool) keep(now time.Time) {
 	if p.warm {
 		spare--
 	}
-	for i := len(p.tunnels) - 1; i >= 0; i-- {
-		t := p.tunnels[i]
+	for _, t := range slices.Backward(p.tunnels) {
 		idle := t.Stats().IdleSince
 		if limit := p.limits.IdleTimeout; spare > 0 && limit > 0 && !idle.IsZero() && now.Sub(idle) > limit {
 			spare--

@@ -101,8 +101,7 @@ func (e *Engine) bind(network, addr string) (*socket, error) {
 	lc := net.ListenConfig{KeepAliveConfig: plainKeepAlive()}
 	l, err := lc.Listen(e.life, network, addr)
 	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) {
+		if op, ok := errors.AsType[*net.OpError](err); ok {
 			err = op.Err
 		}
 		return nil, err

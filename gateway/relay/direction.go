@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -62,7 +63,7 @@ func (d *direction) finish() {
 	d.carried.Store(true)
 	if d.other.carried.Load() {
 		if tcp, ok := d.other.src.(*net.TCPConn); ok {
-			tcp.SetReadDeadline(time.Unix(1, 0))
+			_ = tcp.SetReadDeadline(time.Unix(1, 0))
 		}
 	}
 }
@@ -80,7 +81,7 @@ func (d *direction) watch() {
 		return
 	}
 	var broken error
-	raw.Read(func(fd uintptr) bool {
+	_ = raw.Read(func(fd uintptr) bool { // ends by a deadline, or with the socket
 		// A socket whose peer has ended keeps reading 0; only this tells of a reset.
 		code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 		if err == nil && code != 0 {
@@ -149,7 +150,7 @@ func (d *direction) carryCopies() bool {
 				return false
 			}
 		}
-		if readErr == io.EOF {
+		if errors.Is(readErr, io.EOF) {
 			return true
 		}
 		if readErr != nil {
@@ -196,7 +197,7 @@ func (d *direction) carryTCP(src, dst *net.TCPConn) bool {
 				return false
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return true
 		}
 		if err != nil {
@@ -234,7 +235,7 @@ func (d *direction) splice(in, out syscall.RawConn) spliceEnd {
 				}
 			}
 			n, err = move(int(fd), p.w, pipeSize)
-			if err == unix.EAGAIN { // the pipe is empty, so it is the socket
+			if errors.Is(err, unix.EAGAIN) { // the pipe is empty, so it is the socket
 				pool.putPipe(p)
 				p = nil
 				return false
@@ -244,7 +245,7 @@ func (d *direction) splice(in, out syscall.RawConn) spliceEnd {
 		switch {
 		case waited != nil:
 			err = waited
-		case p == nil, err == unix.EINVAL:
+		case p == nil, errors.Is(err, unix.EINVAL):
 			if p != nil {
 				pool.putPipe(p)
 			}
@@ -267,7 +268,7 @@ func (d *direction) splice(in, out syscall.RawConn) spliceEnd {
 			for left > 0 {
 				var m int
 				if m, err = move(p.r, int(fd), left); err != nil {
-					return err != unix.EAGAIN
+					return !errors.Is(err, unix.EAGAIN)
 				}
 				left -= m
 				d.count(m)
@@ -293,7 +294,7 @@ func (d *direction) splice(in, out syscall.RawConn) spliceEnd {
 func move(from, to, most int) (int, error) {
 	for {
 		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return int(max(n, 0)), err
 		}
 	}

@@ -94,7 +94,7 @@ func ReadClientHello(c net.Conn, limits HelloLimits) (*Hello, error) {
 	if err := c.SetReadDeadline(time.Now().Add(limits.Time)); err != nil {
 		return nil, &HelloError{Cut, err}
 	}
-	defer c.SetReadDeadline(time.Time{})
+	defer func() { _ = c.SetReadDeadline(time.Time{}) }()
 	p := helloParser{limit: limits.Bytes}
 	buf := make([]byte, 0, 2<<10)
 	for {
@@ -121,7 +121,7 @@ func ReadClientHello(c net.Conn, limits HelloLimits) (*Hello, error) {
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil, &HelloError{Fault: Silent}
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return nil, &HelloError{Fault: Cut}
 		case err != nil:
 			return nil, &HelloError{Cut, err}

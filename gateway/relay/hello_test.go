@@ -67,8 +67,7 @@ func read(tb testing.TB, p []byte, segment int, l HelloLimits) (*Hello, error) {
 }
 
 func fault(err error) HelloFault {
-	var he *HelloError
-	if errors.As(err, &he) {
+	if he, ok := errors.AsType[*HelloError](err); ok {
 		return he.Fault
 	}
 	return 0

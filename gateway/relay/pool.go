@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"io"
 	"os"
 	"sync"
@@ -60,7 +61,7 @@ func (p *pool) pipe() *pipe {
 		return nil
 	}
 	// Past the user's share of pipe pages the default of 64 KiB remains.
-	unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
 	return &pipe{r: fds[0], w: fds[1]}
 }
 
@@ -94,11 +95,11 @@ func (p *pool) readReady(raw syscall.RawConn) (buf *[copyBuffer]byte, n int, err
 			buf = p.buffer()
 		}
 		for {
-			if n, err = unix.Read(int(fd), buf[:]); err != unix.EINTR {
+			if n, err = unix.Read(int(fd), buf[:]); !errors.Is(err, unix.EINTR) {
 				break
 			}
 		}
-		if err == unix.EAGAIN {
+		if errors.Is(err, unix.EAGAIN) {
 			p.putBuffer(buf)
 			buf = nil
 			return false

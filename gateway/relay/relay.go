@@ -216,7 +216,7 @@ func abort(c Conn) {
 		return
 	}
 	if t, ok := c.(*net.TCPConn); ok {
-		t.SetLinger(0) // close sends RST
+		_ = t.SetLinger(0) // close sends RST
 	}
 	c.Close()
 }

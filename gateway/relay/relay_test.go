@@ -66,7 +66,7 @@ type joined struct {
 	result      chan Result
 }
 
-func start(tb testing.TB, ctx context.Context, spliced bool, o Options) *joined {
+func start(ctx context.Context, tb testing.TB, spliced bool, o Options) *joined {
 	tb.Helper()
 	app, client := tcpPair(tb)
 	backend, server := tcpPair(tb)
@@ -101,7 +101,7 @@ func ways(t *testing.T, f func(t *testing.T, spliced bool)) {
 
 func TestBytesArriveAsSentBothWays(t *testing.T) {
 	ways(t, func(t *testing.T, spliced bool) {
-		j := start(t, t.Context(), spliced, Options{Prefix: []byte("hello, ")})
+		j := start(t.Context(), t, spliced, Options{Prefix: []byte("hello, ")})
 		there, back := make([]byte, 12<<20), make([]byte, 9<<20)
 		rng := mrand.NewChaCha8([32]byte{3})
 		rng.Read(there)
@@ -142,7 +142,7 @@ func TestBytesArriveAsSentBothWays(t *testing.T) {
 
 func TestHalfCloseIsKept(t *testing.T) {
 	ways(t, func(t *testing.T, spliced bool) {
-		j := start(t, t.Context(), spliced, Options{})
+		j := start(t.Context(), t, spliced, Options{})
 		io.WriteString(j.app, "question")
 		j.app.CloseWrite()
 		if b, err := io.ReadAll(j.server); string(b) != "question" || err != nil {
@@ -157,7 +157,7 @@ func TestHalfCloseIsKept(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 
-		j = start(t, t.Context(), spliced, Options{})
+		j = start(t.Context(), t, spliced, Options{})
 		io.WriteString(j.server, "220 ready")
 		j.server.CloseWrite()
 		if b, err := io.ReadAll(j.app); string(b) != "220 ready" || err != nil {
@@ -186,7 +186,7 @@ func TestResetIsPassedOn(t *testing.T) {
 			"backend": {func(j *joined) *net.TCPConn { reset(j.server); return j.app }, BackendReset},
 		} {
 			t.Run(name, func(t *testing.T) {
-				j := start(t, t.Context(), spliced, Options{})
+				j := start(t.Context(), t, spliced, Options{})
 				io.WriteString(j.app, "x")
 				io.ReadFull(j.server, make([]byte, 1))
 				other := c.do(j)
@@ -204,7 +204,7 @@ func TestResetIsPassedOn(t *testing.T) {
 // TestResetAfterHalfCloseIsSeen: the client ends its direction, then resets while
 // the backend says nothing; nobody reads from the client any more.
 func TestResetAfterHalfCloseIsSeen(t *testing.T) {
-	j := start(t, t.Context(), true, Options{})
+	j := start(t.Context(), t, true, Options{})
 	io.WriteString(j.app, "x")
 	j.app.CloseWrite()
 	if b, err := io.ReadAll(j.server); string(b) != "x" || err != nil {
@@ -226,7 +226,7 @@ func TestContextEndsTheRelay(t *testing.T) {
 	ways(t, func(t *testing.T, spliced bool) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		why := errors.New("trust withdrawn")
-		j := start(t, ctx, spliced, Options{})
+		j := start(ctx, t, spliced, Options{})
 		io.WriteString(j.app, "x")
 		io.ReadFull(j.server, make([]byte, 1))
 		cancel(why)
@@ -235,7 +235,7 @@ func TestContextEndsTheRelay(t *testing.T) {
 		}
 		short, stop := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer stop()
-		if r := start(t, short, spliced, Options{}).end(t); r.Reason != Deadline {
+		if r := start(short, t, spliced, Options{}).end(t); r.Reason != Deadline {
 			t.Errorf("%+v", r)
 		}
 	})
@@ -243,7 +243,7 @@ func TestContextEndsTheRelay(t *testing.T) {
 
 func TestIdleEndsOnlyTheIdle(t *testing.T) {
 	ways(t, func(t *testing.T, spliced bool) {
-		j := start(t, t.Context(), spliced, Options{Idle: 150 * time.Millisecond})
+		j := start(t.Context(), t, spliced, Options{Idle: 150 * time.Millisecond})
 		began := time.Now()
 		for range 20 { // longer in all than the limit, each pause shorter
 			io.WriteString(j.app, "x")
@@ -300,7 +300,7 @@ func TestPipesAreHeldOnlyWhileBytesFlow(t *testing.T) {
 
 // TestStalledBackendHoldsBackTheClient: a relay buffers little.
 func TestStalledBackendHoldsBackTheClient(t *testing.T) {
-	j := start(t, t.Context(), true, Options{})
+	j := start(t.Context(), t, true, Options{})
 	j.app.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 	total := 0
 	for {
@@ -328,7 +328,7 @@ func BenchmarkRelay(b *testing.B) {
 			name = "spliced"
 		}
 		b.Run(name, func(b *testing.B) {
-			j := start(b, b.Context(), spliced, Options{})
+			j := start(b.Context(), b, spliced, Options{})
 			done := make(chan struct{})
 			go func() {
 				io.Copy(io.Discard, struct{ io.Reader }{j.server})
