@@ -56,7 +56,7 @@ func BenchmarkChange(b *testing.B) {
 		p := sized(n, 100_000/250)
 		c, w := p.merge(), p.world()
 		e := p.exports[len(p.exports)/2]
-		e.Mode = Passthrough
+		e.Accepted++
 		next := c.Apply(Revision{"test", 2}, PutExport{e})
 		if len(Diff(c, next)) != 2 {
 			b.Fatalf("%v", Diff(c, next))

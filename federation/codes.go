@@ -164,7 +164,7 @@ var documented = [...]Documentation{
 	},
 	{
 		CodePassthroughServesNobody, Error, "passthrough without identities",
-		"The export passes tunnels through to the service's own proxies, but names no identity that these may have. No caller can verify whom it reaches.",
+		"The export passes tunnels through to the service's own proxies, but names no identity that these may have. No caller could verify whom it reaches, so other clusters do not use it.",
 		"set spec.serviceAccounts of the service", nil,
 	},
 	{

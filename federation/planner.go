@@ -141,6 +141,10 @@ func (p *planner) place(k *candidate, merged []Port, w *World) {
 		refuse(ReasonNoGateway, "it names no gateway to reach it by")
 		return
 	}
+	if !k.local && k.offer.Mode == Passthrough && len(k.offer.Serves) == 0 {
+		refuse(ReasonServesNobody, "it passes tunnels through, but names no identity by which a caller could verify whom it reaches")
+		return
+	}
 	switch d := &p.policy.Deny; {
 	case slices.Contains(d.Clusters, k.offer.Cluster):
 		refuse(ReasonDeniedByPolicy, "the policy denies the cluster")

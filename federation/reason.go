@@ -33,6 +33,7 @@ const (
 	ReasonPortConflict
 	ReasonProtocolNotCarried
 	ReasonNoGateway
+	ReasonServesNobody
 	ReasonMemberUnknown
 	ReasonMemberPending
 	ReasonMemberQuarantined
@@ -70,6 +71,7 @@ var reasons = [...]struct {
 	ReasonPortConflict:               {"port-conflict", "its port contradicts that of an export accepted earlier", false},
 	ReasonProtocolNotCarried:         {"protocol-not-carried", "the port is not TCP, and only TCP is carried between clusters", false},
 	ReasonNoGateway:                  {"no-gateway", "it names no gateway to reach it by", false},
+	ReasonServesNobody:               {"serves-nobody", "it passes tunnels through without naming an identity, so no caller could verify whom it reaches", false},
 	ReasonMemberUnknown:              {"member-unknown", "no cluster of this name is registered", false},
 	ReasonMemberPending:              {"member-pending", "the cluster is registered, but has not enrolled yet", false},
 	ReasonMemberQuarantined:          {"member-quarantined", "an operator has quarantined the cluster", false},
