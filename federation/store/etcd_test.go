@@ -59,7 +59,10 @@ func newEtcd(t testing.TB, size int, edit ...func(*embed.Config)) *testEtcd {
 		cfg.InitialClusterToken = rand.Text()
 		cfg.EnableGRPCGateway = false
 		cfg.UnsafeNoFsync = true
-		cfg.TickMs, cfg.ElectionMs = 20, 200
+		if size > 1 {
+			// Slow enough for a busy machine: a lost leader makes tests wait.
+			cfg.TickMs, cfg.ElectionMs = 50, 1000
+		}
 		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapLogger(slog.New(slog.DiscardHandler), zapcore.ErrorLevel))
 		for _, f := range edit {
 			f(cfg)
@@ -112,7 +115,7 @@ func (e *testEtcd) startMember(i int) {
 	e.members[i] = m
 	select {
 	case <-m.Server.ReadyNotify():
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		e.t.Error("etcd was not ready in time")
 	}
 }
@@ -125,7 +128,11 @@ func (e *testEtcd) stopMember(i int) {
 }
 
 func (e *testEtcd) stop() {
-	for i := range e.members {
+	for i, m := range e.members {
+		if m != nil && len(e.members) > 1 {
+			// Else each leader tries to hand over to a member that stops as well.
+			m.Server.HardStop()
+		}
 		e.stopMember(i)
 	}
 }
@@ -164,7 +171,7 @@ func forEachEtcd(t *testing.T, test func(*testing.T, *Store)) {
 // eventually waits for a state.
 func eventually(t testing.TB, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !is(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !is(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("it did not come to that")
 		}

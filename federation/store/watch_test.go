@@ -51,7 +51,7 @@ func (r records) take(b Batch) {
 func (r records) until(t testing.TB, w *Watch, want map[string]*federationv1.Record) (batches []Batch) {
 	t.Helper()
 	for !same(r, want) {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		b, err := w.Next(ctx)
 		cancel()
 		if err != nil {
