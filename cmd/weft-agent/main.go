@@ -12,7 +12,7 @@ import (
 	"github.com/weftmesh/weft/identity"
 )
 
-var version string // set by the linker
+var version = "" // set by the linker
 
 func main() {
 	serve.Main(serve.Program{

@@ -3,12 +3,13 @@ package main
 
 import (
 	"context"
+	"errors"
 
 	"github.com/weftmesh/weft/cmd/serve"
 	"github.com/weftmesh/weft/gateway/process"
 )
 
-var version string // set by the linker
+var version = "" // set by the linker
 
 func main() {
 	const name = "weft-proxy"
@@ -31,8 +32,7 @@ func main() {
 			}
 			p.Ready.Add("mesh", engine.Ready)
 			return []serve.Task{{Name: "engine", Run: func(ctx context.Context) error {
-				defer closeLog()
-				return engine.Run(ctx)
+				return errors.Join(engine.Run(ctx), closeLog())
 			}}}, nil
 		}
 	})

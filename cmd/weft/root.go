@@ -28,9 +28,9 @@ type app struct {
 	out, err io.Writer
 
 	contextsFile string
-	context    string
-	format     string
-	timeout    time.Duration
+	context      string
+	format       string
+	timeout      time.Duration
 
 	dial dialer
 }

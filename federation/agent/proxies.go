@@ -74,7 +74,7 @@ func (p *proxies) attach(who caller, stream grpc.BidiStreamingServer[federationv
 	if hello == nil {
 		return status.Error(codes.InvalidArgument, "the first message must be a hello")
 	}
-	for _, s := range []string{hello.GetName(), hello.GetEngine(), hello.GetVersion(), hello.GetAddress(), hello.GetRole()} {
+	for _, s := range []string{hello.GetName(), hello.GetEngine(), hello.GetVersion()} {
 		if len(s) > proxyName {
 			return status.Errorf(codes.InvalidArgument, "a name in the hello has %d bytes, at most %d are taken", len(s), proxyName)
 		}
@@ -110,6 +110,9 @@ func (p *proxies) attach(who caller, stream grpc.BidiStreamingServer[federationv
 		}
 		switch m := m.GetMessage().(type) {
 		case *federationv1.AttachRequest_Report:
+			if len(m.Report.GetAddress()) > proxyName {
+				return status.Error(codes.InvalidArgument, "a report with an address that is none")
+			}
 			if n := len(m.Report.GetPeers()); n > proxyPeers {
 				return status.Errorf(codes.InvalidArgument, "a report with %d peers, at most %d are taken", n, proxyPeers)
 			}
@@ -256,7 +259,7 @@ func (p *proxies) status(cluster federation.ClusterID, acks func(*proxy) (federa
 		rev, nack := acks(x)
 		g := &federationv1.Gateway{
 			Cluster: string(cluster), Name: x.hello.GetName(), SpiffeId: x.id.String(),
-			Engine: x.hello.GetEngine(), Version: x.hello.GetVersion(), Address: x.hello.GetAddress(), Role: x.role(),
+			Engine: x.hello.GetEngine(), Version: x.hello.GetVersion(), Address: report.GetAddress(), Role: x.role(),
 			Acked: federationv1.EncodeRevision(rev), Nack: nack,
 			ConnectedSince: timestamppb.New(x.since), SvidExpires: report.GetSvidExpires(), Peers: report.GetPeers(),
 		}

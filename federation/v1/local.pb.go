@@ -309,8 +309,6 @@ type ProxyHello struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Engine        string                 `protobuf:"bytes,2,opt,name=engine,proto3" json:"engine,omitempty"`
 	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
-	Address       string                 `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"`
-	Role          string                 `protobuf:"bytes,5,opt,name=role,proto3" json:"role,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -366,20 +364,6 @@ func (x *ProxyHello) GetVersion() string {
 	return ""
 }
 
-func (x *ProxyHello) GetAddress() string {
-	if x != nil {
-		return x.Address
-	}
-	return ""
-}
-
-func (x *ProxyHello) GetRole() string {
-	if x != nil {
-		return x.Role
-	}
-	return ""
-}
-
 // ProxyReport is sent when it changed, and every 5 s.
 type ProxyReport struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
@@ -387,8 +371,10 @@ type ProxyReport struct {
 	SvidExpires     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
 	BundleSequence  uint64                 `protobuf:"varint,3,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	OpenConnections uint64                 `protobuf:"varint,4,opt,name=open_connections,json=openConnections,proto3" json:"open_connections,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Where it takes tunnels of others; empty while it is not configured yet.
+	Address       string `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProxyReport) Reset() {
@@ -447,6 +433,13 @@ func (x *ProxyReport) GetOpenConnections() uint64 {
 		return x.OpenConnections
 	}
 	return 0
+}
+
+func (x *ProxyReport) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
 }
 
 type AttachResponse struct {
@@ -613,19 +606,18 @@ const file_federation_v1_local_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x1e.weft.federation.v1.ProxyHelloH\x00R\x05hello\x129\n" +
 	"\x06report\x18\x02 \x01(\v2\x1f.weft.federation.v1.ProxyReportH\x00R\x06report\x124\n" +
 	"\x06access\x18\x03 \x01(\v2\x1a.weft.federation.v1.AccessH\x00R\x06accessB\t\n" +
-	"\amessage\"\x80\x01\n" +
+	"\amessage\"R\n" +
 	"\n" +
 	"ProxyHello\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06engine\x18\x02 \x01(\tR\x06engine\x12\x18\n" +
-	"\aversion\x18\x03 \x01(\tR\aversion\x12\x18\n" +
-	"\aaddress\x18\x04 \x01(\tR\aaddress\x12\x12\n" +
-	"\x04role\x18\x05 \x01(\tR\x04role\"\xd0\x01\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\"\xea\x01\n" +
 	"\vProxyReport\x12.\n" +
 	"\x05peers\x18\x01 \x03(\v2\x18.weft.federation.v1.PeerR\x05peers\x12=\n" +
 	"\fsvid_expires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12'\n" +
 	"\x0fbundle_sequence\x18\x03 \x01(\x04R\x0ebundleSequence\x12)\n" +
-	"\x10open_connections\x18\x04 \x01(\x04R\x0fopenConnections\"|\n" +
+	"\x10open_connections\x18\x04 \x01(\x04R\x0fopenConnections\x12\x18\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\"|\n" +
 	"\x0eAttachResponse\x12:\n" +
 	"\x06bundle\x18\x01 \x01(\v2 .weft.federation.v1.BundleUpdateH\x00R\x06bundle\x12#\n" +
 	"\ftrace_source\x18\x02 \x01(\tH\x00R\vtraceSourceB\t\n" +

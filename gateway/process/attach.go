@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	reportEvery = 250 * time.Millisecond // a look at what changed
-	reportAtMin = 5 * time.Second        // a report although nothing did
+	reportEvery  = 250 * time.Millisecond // a look at what changed
+	reportAnyway = 5 * time.Second        // a report although nothing did
 )
 
 // attach keeps the stream on which the agent hears what the engine sees, and
@@ -42,7 +42,7 @@ func (p *Process) attachOnce(ctx context.Context, w *self) error {
 		return err
 	}
 	if err := stream.Send(&federationv1.AttachRequest{Message: &federationv1.AttachRequest_Hello{Hello: &federationv1.ProxyHello{
-		Name: p.config.Name, Engine: "built-in", Version: p.config.Version, Address: w.engine.Address(), Role: w.subject.Role.String(),
+		Name: p.config.Name, Engine: "built-in", Version: p.config.Version,
 	}}}); err != nil {
 		return err
 	}
@@ -71,7 +71,7 @@ func (p *Process) attachOnce(ctx context.Context, w *self) error {
 			}
 		case <-timer.C():
 			now := p.config.Clock.Now()
-			if r := report(w); !proto.Equal(stable(r), stable(last)) || now.Sub(sent) >= reportAtMin {
+			if r := report(w); !proto.Equal(stable(r), stable(last)) || now.Sub(sent) >= reportAnyway {
 				last, sent = r, now
 				if err := stream.Send(&federationv1.AttachRequest{Message: &federationv1.AttachRequest_Report{Report: r}}); err != nil {
 					return errors.Join(err, <-received)
@@ -84,7 +84,7 @@ func (p *Process) attachOnce(ctx context.Context, w *self) error {
 
 // report is what the engine sees now.
 func report(w *self) *federationv1.ProxyReport {
-	r := &federationv1.ProxyReport{OpenConnections: uint64(max(0, w.engine.Connections()))}
+	r := &federationv1.ProxyReport{OpenConnections: uint64(max(0, w.engine.Connections())), Address: w.engine.Address()}
 	if svid, err := w.source.GetX509SVID(); err == nil {
 		r.SvidExpires = timestamppb.New(svid.Certificates[0].NotAfter)
 	}
@@ -175,7 +175,7 @@ func (p *Process) record(r gateway.Record) {
 func access(r gateway.Record) *federationv1.Access {
 	a := &federationv1.Access{
 		Start: timestamppb.New(r.Start), Source: r.Source.String(), Caller: r.Caller, Cluster: string(r.Cluster),
-		Endpoint: r.Endpoint, Tier: int32(r.Tier), Attempts: int32(r.Attempts), Peer: r.Peer, //nolint:gosec // small numbers
+		Endpoint: r.Endpoint, Tier: int32(r.Tier), Attempts: int32(r.Attempts), Peer: r.Peer,
 		BytesSent: uint64(max(0, r.Sent)), BytesReceived: uint64(max(0, r.Received)),
 		Duration: durationpb.New(r.Duration), Revision: r.Revision, Decision: r.Decision, End: r.End,
 		Direction: r.Direction.String(),

@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
-	"github.com/weftmesh/weft/federation"
 	"github.com/weftmesh/weft/federation/clock"
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 	"github.com/weftmesh/weft/gateway"
@@ -129,7 +128,7 @@ func (p *Process) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.config.Log.Info("identity", "spiffeID", w.subject.ID.String())
+	p.config.Log.Info("identity", "id", w.subject.ID.String())
 	p.who.Store(w)
 
 	// The connection to the agent outlives ctx: while the engine drains, the
@@ -294,7 +293,7 @@ func (p *Process) newSelf(id spiffeid.ID, region string, state *identity.StateFi
 		Clock: p.config.Clock, Mesh: w.source, Denials: w.denials, Metrics: p.config.Metrics,
 	})
 	w.engine, err = gateway.New(gateway.Config{
-		Cluster: federation.ClusterID(subject.Cluster), SVID: w.source, Verifier: w.verifier,
+		Cluster: subject.Cluster, SVID: w.source, Verifier: w.verifier,
 		Clock: p.config.Clock, Log: p.config.Log, Access: p.record, Metrics: p.config.Metrics,
 	})
 	if err != nil {

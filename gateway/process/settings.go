@@ -45,7 +45,7 @@ func (s *Settings) Apply(c *Config) (closeLog func() error, err error) {
 	}
 	// Appended to line by line, so that a log shipper may move it away; it is
 	// opened anew by the next start.
-	f, err := os.OpenFile(s.accessLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	f, err := os.OpenFile(s.accessLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return closeLog, err
 	}
