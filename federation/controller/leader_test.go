@@ -13,7 +13,6 @@ import (
 	"github.com/weftmesh/weft/federation"
 	"github.com/weftmesh/weft/federation/clock"
 	federationv1 "github.com/weftmesh/weft/federation/v1"
-	"github.com/weftmesh/weft/identity"
 )
 
 // silenceOf is what an agent knows of a cluster's silence.
@@ -316,15 +315,8 @@ func TestRegionAuthoritiesRotate(t *testing.T) {
 	clk := clock.Scaled(40, 0)
 	m := newTestMesh(t, clk)
 	cfg := m.config("one")
-	cfg.Lifetimes = identity.Lifetimes{
-		Root: 24 * time.Hour, Region: 2 * time.Minute, Leaf: 20 * time.Second,
-		Operators: 24 * time.Hour, Operator: time.Hour, Backdate: time.Second,
-	}
-	c, err := Start(timeout(t), cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Stop()
+	cfg.Lifetimes = shortLifetimes()
+	c := m.startWith(cfg)
 	serials := map[string]bool{}
 	eventually(t, "the authority is replaced twice", func() bool {
 		for _, s := range c.trust.all() {
