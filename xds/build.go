@@ -69,22 +69,31 @@ func (b *Builder) SetImport(i Import) error {
 		return fmt.Errorf("import %s: the plan is for port %d, the address is %s", p.Service, p.Port, i.Listen)
 	}
 	key := servicePort{p.Service, p.Port}
-	listener, err := b.node.importListener(&i)
-	if err != nil {
-		return err
-	}
-	cluster, err := b.node.outCluster(&i)
-	if err != nil {
-		return err
-	}
 	endpoints, err := b.outEndpoints(&i)
 	if err != nil {
 		return err
 	}
+	// Plans change often, what else there is to an import rarely.
+	resources := []*Resource{endpoints}
+	old := b.imports[key]
+	if old == nil || !old.sameTransports(&i) {
+		cluster, err := b.node.outCluster(&i)
+		if err != nil {
+			return err
+		}
+		resources = append(resources, cluster)
+	}
+	if old == nil || old.Listen != i.Listen {
+		listener, err := b.node.importListener(&i)
+		if err != nil {
+			return err
+		}
+		resources = append(resources, listener)
+	}
 	b.imports[key] = &i
-	b.put(cluster)
-	b.put(endpoints)
-	b.put(listener)
+	for _, r := range resources {
+		b.put(r)
+	}
 	return nil
 }
 

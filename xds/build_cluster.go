@@ -249,15 +249,34 @@ func (n *Node) outSockets(e *encoder, i *Import) map[string]*corev3.TransportSoc
 			sockets[key] = clientSocket(e, TerminateName(c), gatewayID(n.TrustDomain, c))
 		}
 	}
+	for _, x := range i.Candidates {
+		add(x.Cluster, x.Mode, x.Serves)
+	}
 	for _, t := range p.Tiers {
 		for _, b := range t.Backends {
 			add(b.Cluster, b.Mode, b.Serves)
 		}
 	}
-	for _, x := range i.Candidates {
-		add(x.Cluster, x.Mode, x.Serves)
-	}
 	return sockets
+}
+
+// sameTransports reports whether i and o need the same cluster, as far as that
+// can be seen at a glance: the same candidates, and nobody else in the plans.
+func (i *Import) sameTransports(o *Import) bool {
+	return slices.Equal(i.Candidates, o.Candidates) && i.onlyCandidates() && o.onlyCandidates()
+}
+
+func (i *Import) onlyCandidates() bool {
+	for _, t := range i.Plan.Tiers {
+		for _, b := range t.Backends {
+			if !slices.ContainsFunc(i.Candidates, func(x *federation.Export) bool {
+				return x.Cluster == b.Cluster && x.Mode == b.Mode
+			}) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // match is the key of the transport into a cluster.

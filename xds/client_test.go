@@ -363,11 +363,14 @@ func TestRefusal(t *testing.T) {
 	if got := e.client.Config().Listeners["imp/shop/s7/80"].Addr; got != i.Listen {
 		t.Errorf("the mended listener is at %s", got)
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if len(f.nacks) != 1 {
-		t.Errorf("%d nacks: %+v", len(f.nacks), f.nacks)
-	}
+	eventually(t, "OnNack hears of one refusal", func() error {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if len(f.nacks) != 1 {
+			return fmt.Errorf("%d nacks: %+v", len(f.nacks), f.nacks)
+		}
+		return nil
+	})
 }
 
 // TestUnreadable: one resource of many that the engine cannot carry out.
@@ -421,9 +424,7 @@ func TestManyStreams(t *testing.T) {
 	}
 	rev := f.push(t)
 	const streams = 500
-	for range streams {
-		f.client(t, nil)
-	}
+	f.follow(t, streams)
 	f.inSync(t, streams, rev)
 	stuck := f.raw(t)
 	stuck.ask(TypeCluster)

@@ -25,7 +25,7 @@ func must(t testing.TB, err error) {
 // eventually waits until check has no more complaint.
 func eventually(t testing.TB, what string, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(60 * time.Second)
 	for {
 		err := check()
 		if err == nil {

@@ -2,10 +2,12 @@ package xds
 
 import (
 	"context"
+	"sync"
 	"testing"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
 )
 
 // raw is a delta stream whose every message the test writes itself.
@@ -66,4 +68,53 @@ func (r *raw) nack(m *discoveryv3.DeltaDiscoveryResponse, cause string) {
 		TypeUrl: m.GetTypeUrl(), ResponseNonce: m.GetNonce(),
 		ErrorDetail: &statuspb.Status{Code: 13, Message: cause},
 	})
+}
+
+// follow runs n streams that ask for all clusters, their endpoints and all
+// listeners as Envoy does, and take everything at once, without decoding it.
+func (f *fixture) follow(t testing.TB, n int) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var streams sync.WaitGroup
+	t.Cleanup(func() {
+		cancel()
+		streams.Wait()
+	})
+	var conn *grpc.ClientConn
+	for i := range n {
+		if i%50 == 0 {
+			conn = f.conn(t)
+		}
+		s, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
+		must(t, err)
+		streams.Go(func() {
+			for _, typ := range []Type{TypeCluster, TypeListener} {
+				if s.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: typ.url()}) != nil {
+					return
+				}
+			}
+			known := map[string]bool{}
+			for {
+				m, err := s.Recv()
+				if err != nil {
+					return
+				}
+				if m.GetTypeUrl() == TypeCluster.url() {
+					ask := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: TypeEndpoints.url()}
+					for _, r := range m.GetResources() {
+						if !known[r.GetName()] {
+							known[r.GetName()] = true
+							ask.ResourceNamesSubscribe = append(ask.ResourceNamesSubscribe, r.GetName())
+						}
+					}
+					if len(ask.ResourceNamesSubscribe) > 0 && s.Send(ask) != nil {
+						return
+					}
+				}
+				if s.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: m.GetTypeUrl(), ResponseNonce: m.GetNonce()}) != nil {
+					return
+				}
+			}
+		})
+	}
 }

@@ -243,11 +243,14 @@ func TestNackIsolation(t *testing.T) {
 				}
 				r.ack(m)
 			}
-			f.mu.Lock()
-			if len(f.nacks) != 1 || f.nacks[0].Name.Name != bad || f.nacks[0].Cause != test.cause {
-				t.Errorf("nacks %+v", f.nacks)
-			}
-			f.mu.Unlock()
+			eventually(t, "OnNack hears of it", func() error {
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				if len(f.nacks) != 1 || f.nacks[0].Name.Name != bad || f.nacks[0].Cause != test.cause {
+					return fmt.Errorf("nacks %+v", f.nacks)
+				}
+				return nil
+			})
 			// It is not sent again until it changes.
 			must(t, f.SetImport(serviceImport(3, []federation.Tier{}...)))
 			f.push(t)
