@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -93,8 +94,8 @@ func (m *model) open(cfg Config) *Store {
 }
 
 func (m *model) close() {
-	for i := len(m.stop) - 1; i >= 0; i-- {
-		m.stop[i]()
+	for _, stop := range slices.Backward(m.stop) {
+		stop()
 	}
 }
 

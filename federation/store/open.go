@@ -107,20 +107,12 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	if s.server != nil {
-		s.goRun(func() { s.server.watch(background, s.fail) })
+		s.running.Go(func() { s.server.watch(background, s.fail) })
 	}
-	s.goRun(func() { s.view.run(background) })
-	s.goRun(func() { s.leased.run(background) })
-	s.goRun(func() { s.pollStatus(background) })
+	s.running.Go(func() { s.view.run(background) })
+	s.running.Go(func() { s.leased.run(background) })
+	s.running.Go(func() { s.pollStatus(background) })
 	return s, nil
-}
-
-func (s *Store) goRun(f func()) {
-	s.running.Add(1)
-	go func() {
-		defer s.running.Done()
-		f()
-	}()
 }
 
 // fail makes Err report the store's end.

@@ -366,9 +366,8 @@ func mayHaveHappened(err error) bool {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return true
 	}
-	var ee rpctypes.EtcdError
 	code := status.Code(err)
-	if errors.As(err, &ee) {
+	if ee, ok := errors.AsType[rpctypes.EtcdError](err); ok {
 		code = ee.Code()
 	}
 	switch code {

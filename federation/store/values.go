@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"fmt"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -128,5 +127,4 @@ func entryOf(kv *mvccpb.KeyValue) entry {
 	return entry{value: kv.Value, created: kv.CreateRevision, modified: kv.ModRevision}
 }
 
-func (e entry) exists() bool      { return e.modified != 0 }
-func (e entry) same(o entry) bool { return e.modified == o.modified && bytes.Equal(e.value, o.value) }
+func (e entry) exists() bool { return e.modified != 0 }

@@ -42,6 +42,7 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 }
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	//nolint:sloglint // the message is etcd's
 	c.log.LogAttrs(context.Background(), levelOf(e.Level), e.Message, attrs(fields)...)
 	return nil
 }
