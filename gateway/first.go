@@ -41,10 +41,10 @@ func firstByte(client *net.TCPConn, backend relay.Conn) error {
 		close(stop)
 		if tcp, ok := backend.(*net.TCPConn); ok {
 			_ = tcp.SetReadDeadline(past)
-			<-broken
+			_ = <-broken // it only ended its wait
 			_ = tcp.SetReadDeadline(time.Time{})
 		} else {
-			<-broken
+			_ = <-broken // it only ended its wait
 		}
 	case err = <-broken:
 		_ = client.SetReadDeadline(past)

@@ -10,10 +10,7 @@ import (
 	"github.com/weftmesh/weft/federation/clock"
 )
 
-const (
-	keepEvery = time.Second     // probes, and a look at what is idle or old
-	warmAgain = 2 * time.Second // between attempts to have a warm tunnel
-)
+const keepEvery = time.Second // probes, and a look at what is idle or old
 
 // Probe is what this engine sees of another cluster's gateway.
 type Probe struct {
@@ -107,7 +104,6 @@ func (p *pool) keep(now time.Time) {
 	}
 	p.prune()
 	if len(p.tunnels) == 0 && p.warm && p.dialing == nil && !now.Before(p.retryAt) {
-		p.retryAt = now.Add(warmAgain)
 		p.dial()
 	}
 	spare := len(p.tunnels)

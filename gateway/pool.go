@@ -29,6 +29,9 @@ const (
 	hedgeLeast = 250 * time.Millisecond
 	// crowded is how many streams a tunnel has when another is opened beside it.
 	crowded = 4
+	// retryAfter is the pause after an attempt that failed, before one for which
+	// nobody waits.
+	retryAfter = 2 * time.Second
 	// reopens bounds how often a stream that met a closing or full tunnel moves
 	// to another one to the same gateway.
 	reopens = 4
@@ -61,7 +64,7 @@ type pool struct {
 	closed  bool
 	tunnels []*outTunnel
 	dialing *dialCall
-	retryAt time.Time // of the next attempt to have a warm tunnel
+	retryAt time.Time // of the next attempt that nobody waits for
 	probe   Probe
 }
 
@@ -159,7 +162,7 @@ func (p *pool) tunnel(ctx context.Context) (*outTunnel, error) {
 			}
 		}
 		if best != nil {
-			if fewest >= crowded && len(p.tunnels) < p.e.cfg.Tunnels {
+			if fewest >= crowded && len(p.tunnels) < p.e.cfg.Tunnels && !p.e.clock.Now().Before(p.retryAt) {
 				p.dial()
 			}
 			p.mu.Unlock()
@@ -200,7 +203,10 @@ func (p *pool) dial() *dialCall {
 		d.err = err
 		switch {
 		case err != nil:
-			p.answered(false, 0)
+			p.retryAt = p.e.clock.Now().Add(retryAfter)
+			if p.prune(); len(p.tunnels) == 0 {
+				p.answered(false, 0)
+			}
 		case p.closed:
 			d.err = net.ErrClosed
 		default:

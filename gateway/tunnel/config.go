@@ -56,8 +56,10 @@ type Config struct {
 	SettingsTimeout time.Duration
 
 	// AbuseBurst and AbuseRate bound the frames that cost work and carry
-	// nothing (PING, SETTINGS, empty DATA, unknown types, streams reset before
-	// their answer): a burst (2000) and so many a second after it (500).
+	// nothing (PING, SETTINGS, empty DATA, unknown types): a burst (2000) and so
+	// many a second after it (500). Of streams that are reset before their
+	// answer ten times as many are taken: callers who lose patience while the
+	// backends are slow are no attack, and a tunnel that is given up cuts others.
 	AbuseBurst, AbuseRate int
 
 	// Buffers is shared between the tunnels of a process; nil means own ones.

@@ -121,10 +121,11 @@ type budget struct {
 	filled int64 // when left was computed, in UnixNano
 }
 
-func newBudget(cfg Config) budget {
+func newBudget(cfg Config, times float64) budget {
+	burst := times * float64(cfg.AbuseBurst)
 	return budget{
-		clock: cfg.Clock, rate: float64(cfg.AbuseRate), burst: float64(cfg.AbuseBurst),
-		left: float64(cfg.AbuseBurst), filled: cfg.Clock.Now().UnixNano(),
+		clock: cfg.Clock, rate: times * float64(cfg.AbuseRate), burst: burst,
+		left: burst, filled: cfg.Clock.Now().UnixNano(),
 	}
 }
 
@@ -345,7 +346,7 @@ func (t *Tunnel) onReset(f *http2.RSTStreamFrame) error {
 	s.end(&ResetError{Code: f.ErrCode, Remote: true}, false)
 	t.settle()
 	if early {
-		return t.budget.spend(f.Type)
+		return t.resets.spend(f.Type)
 	}
 	return nil
 }
@@ -495,10 +496,14 @@ func (t *Tunnel) onAnswer(s *Stream, end bool, b *block) error {
 		return nil
 	}
 	t.mu.Lock()
+	if s.refusal != nil { // given up in this very moment
+		t.mu.Unlock()
+		return nil
+	}
 	s.answered = true
 	s.response = Response{Header: b.header}
-	t.mu.Unlock()
 	close(s.answer)
+	t.mu.Unlock()
 	if end {
 		s.peerEnded()
 	}

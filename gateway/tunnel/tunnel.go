@@ -35,6 +35,7 @@ type Tunnel struct {
 	recvWin    int // what the peer may still send
 	recvCredit int // received, not yet returned
 	budget     budget
+	resets     budget // for streams reset before their answer
 
 	mu           sync.Mutex
 	streams      map[uint32]*Stream
@@ -104,7 +105,8 @@ func newTunnel(conn net.Conn, cfg Config, h Handler) *Tunnel {
 		br:          bufio.NewReaderSize(conn, 4<<10),
 		hdec:        hpack.NewDecoder(headerTable, nil),
 		recvWin:     cfg.ConnWindow,
-		budget:      newBudget(cfg),
+		budget:      newBudget(cfg, 1),
+		resets:      newBudget(cfg, 10),
 		streams:     map[uint32]*Stream{},
 		peerStreams: defaultStreams,
 		peerFrame:   defaultFrame,

@@ -616,3 +616,43 @@ func TestDetectDeadPeer(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestAnswersRaceWithPatience: an answer may come at the very moment at which
+// the caller gives up, or the tunnel ends.
+func TestAnswersRaceWithPatience(t *testing.T) {
+	client, _ := tunnels(t, false, Config{}, Config{}, func(in *Incoming) {
+		if s, err := in.Accept(nil); err == nil {
+			s.CloseWrite()
+		}
+	})
+	within(t, "settings", client.Settled())
+	var answered, late sync.Map
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for j := range 500 {
+				s, _, err := client.Open(context.Background(), Request{Authority: "x", Within: time.Duration(20+(i*61+j*7)%200) * time.Microsecond})
+				switch {
+				case err == nil:
+					answered.Store(i*1000+j, true)
+					s.Close()
+				case errors.Is(err, ErrNoAnswer):
+					late.Store(i*1000+j, true)
+				default:
+					t.Errorf("open: %v", err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	count := func(m *sync.Map) (n int) {
+		m.Range(func(any, any) bool { n++; return true })
+		return n
+	}
+	if a, l := count(&answered), count(&late); a+l != 4000 {
+		t.Errorf("%d answered, %d late", a, l)
+	}
+	if n := client.Stats().Active; n != 0 {
+		t.Errorf("%d streams left", n)
+	}
+}
