@@ -220,6 +220,14 @@ func (n *node) serves(authority string, endpoints ...netip.AddrPort) *node {
 	return n
 }
 
+// patient waits as long as it takes for whoever is slow to answer.
+func (n *node) patient() *node {
+	for _, c := range n.config.Clusters {
+		c.ConnectTimeout = time.Minute
+	}
+	return n
+}
+
 func ownCluster(name string, endpoints ...netip.AddrPort) *xds.Cluster {
 	l := &xds.Locality{}
 	for _, ep := range endpoints {

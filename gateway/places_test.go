@@ -266,3 +266,49 @@ func chat(addr netip.AddrPort) (who string, err error) {
 	}
 	return who, nil
 }
+
+// TestOneDeadWorkloadBehindAGateway: of two proxies behind one gateway, one has
+// lost its workload. Every connection ends at the other; the gateway is not
+// passed over for the next cluster.
+func TestOneDeadWorkloadBehindAGateway(t *testing.T) {
+	m := newMesh(t)
+	const workload = "/cluster/b/ns/shop/sa/payments"
+	name := xds.PassthroughName("b", serviceID(), 80)
+	proxy := func(endpoint netip.AddrPort) *node {
+		p := m.engine("b", workload)
+		p.addr = freeAddr(t)
+		p.config.Listeners["inbound"] = &xds.Listener{
+			Name: "inbound", Kind: xds.InboundListener, Addr: p.addr,
+			Chains: []*xds.Chain{{Name: name, ServerNames: []string{name}, ALPN: []string{xds.ALPN}, Terminate: terminate("inbound")}},
+		}
+		p.config.Routes["inbound"] = &xds.RouteTable{
+			Name: "inbound", Peers: []xds.Peer{{SAN: xds.Match{Exact: m.id(gatewayPath("a"))}}},
+			Routes: map[string]*xds.Route{payments: {Authority: payments, Cluster: "in", Attempts: 1}},
+		}
+		p.config.Clusters["in"] = ownCluster("in", endpoint)
+		return p.start()
+	}
+	dying := greeter(t, "dying")
+	one, two := proxy(dying.addr), proxy(greeter(t, "living").addr)
+
+	b := m.gateway("b")
+	b.config.Clusters["pass"] = ownCluster("pass", one.addr, two.addr)
+	l := b.config.Listeners["east-west"]
+	l.Chains = append(l.Chains, &xds.Chain{Name: name, ServerNames: []string{name}, ALPN: []string{xds.ALPN}, Passthrough: &xds.Forward{Cluster: "pass", Attempts: 3}})
+	b.start()
+	c := m.gateway("c").serves(payments, greeter(t, "next cluster").addr).start()
+
+	a := m.gateway("a")
+	addr := a.imports(payments,
+		backendOf{cluster: "b", addrs: []netip.AddrPort{b.addr}, share: 1000, sni: name, server: m.id(workload)}, to(c, 1, 1000))
+	a.start()
+	for i := range 20 {
+		if i == 5 {
+			dying.l.Close()
+		}
+		who, err := ask(t, addr)
+		if err != nil || who == "next cluster" || i >= 5 && who != "living" {
+			t.Fatalf("connection %d: %q, %v", i, who, err)
+		}
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -32,8 +33,8 @@ const (
 	// retryAfter is the pause after an attempt that failed, before one for which
 	// nobody waits.
 	retryAfter = 2 * time.Second
-	// reopens bounds how often a stream that met a closing or full tunnel moves
-	// to another one to the same gateway.
+	// reopens bounds how often a stream that met a closing, full or workless
+	// tunnel moves to another one to the same address.
 	reopens = 4
 )
 
@@ -61,6 +62,7 @@ type pool struct {
 	timeout time.Duration // for a connection, with its handshake
 	wanted  bool          // the configuration names it
 	warm    bool          // a tunnel is kept open, and probed
+	many    bool          // behind the address stand many servers, one at the end of each tunnel
 	closed  bool
 	tunnels []*outTunnel
 	dialing *dialCall
@@ -101,6 +103,7 @@ func (e *Engine) pool(c *candidate, config *xds.Cluster, t *xds.ClientTLS) *pool
 		})
 		tlsConfig.ServerName = t.SNI
 		p = &pool{e: e, key: key, config: tlsConfig, wanted: true, warm: strings.HasSuffix(t.SNI, ".t.weft")}
+		p.many = strings.HasSuffix(t.SNI, ".p.weft")
 		p.probe = Probe{Address: c.Addr, Since: e.clock.Now()}
 		e.pools[key] = p
 	}
@@ -140,6 +143,14 @@ func (p *pool) stream(ctx context.Context, r tunnel.Request) (*tunnel.Stream, tu
 		// side: another one may do.
 		var oe *tunnel.OpenError
 		moved := errors.As(err, &oe) && oe.Safe && (errors.Is(err, tunnel.ErrFull) || t.Draining())
+		// A proxy whose own workload is dead says nothing of the other proxies of
+		// the service: its tunnel gets no more streams, and another tunnel ends,
+		// in its turn, at another proxy.
+		var refusal *tunnel.Refusal
+		if p.many && errors.As(err, &refusal) && refusal.Status == http.StatusServiceUnavailable {
+			t.Drain()
+			moved = true
+		}
 		if !moved || try == reopens || ctx.Err() != nil {
 			return nil, tunnel.Response{}, t, err
 		}
