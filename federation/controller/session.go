@@ -170,11 +170,15 @@ func (c *Controller) openSession(ctx context.Context, stream federationv1.Sync_S
 	}
 	feed, differing, first := c.state.views.subscribe(a.cluster, member.GetRegion(), have)
 	a.feed = feed
-	welcome := &federationv1.SyncResponse{Message: &federationv1.SyncResponse_Welcome{Welcome: &federationv1.Welcome{
+	welcome := &federationv1.Welcome{
 		TrustDomain: c.cfg.TrustDomain.Name(), Revision: federationv1.EncodeRevision(first.revision),
-		Epoch: stored.Epoch(), Self: member, Differing: differing, Reported: reported.Encode(),
-	}}}
-	messages := []any{welcome}
+		Epoch: stored.Epoch(), Self: member, Differing: differing,
+	}
+	if first.full {
+		// Otherwise the store recovers, and every member has to report.
+		welcome.Reported = reported.Encode()
+	}
+	messages := []any{&federationv1.SyncResponse{Message: &federationv1.SyncResponse_Welcome{Welcome: welcome}}}
 	for _, f := range first.frames() {
 		messages = append(messages, f)
 	}
