@@ -183,7 +183,7 @@ func (m *mesh) known() (synced, stored bool) {
 // this agent holds. Else it is nil.
 func (m *mesh) knownOwn(w *federationv1.Welcome) map[string]*federationv1.Record {
 	theirs, err := w.GetReported().Decode()
-	if err != nil {
+	if err != nil || w.GetReported() == nil { // without one, the controller wants the report in any case
 		return nil
 	}
 	m.mu.Lock()
