@@ -199,6 +199,23 @@ func (s *Store) Journal(ctx context.Context, iss *federationv1.Issuance, authori
 	})
 }
 
+// Issued is the journal's entry of a serial number; ErrNotFound where there is
+// none (any more).
+func (s *Store) Issued(ctx context.Context, serial string) (*federationv1.Issuance, error) {
+	if !checkPart(serial) {
+		return nil, fmt.Errorf("serial number %q: %w", serial, ErrNotFound)
+	}
+	sn, err := s.read(ctx, issuedKey(serial))
+	if err != nil {
+		return nil, err
+	}
+	st, err := sn.state(issuedKey(serial))
+	if err == nil && st == nil {
+		err = fmt.Errorf("serial number %s: %w", serial, ErrNotFound)
+	}
+	return st.GetIssuance(), err
+}
+
 // EachIssued calls f with every journaled identity, by serial number, at one
 // revision, until f returns false.
 func (s *Store) EachIssued(ctx context.Context, f func(*federationv1.Issuance) bool) error {

@@ -79,6 +79,9 @@ func TestJournal(t *testing.T) {
 	}
 	at := list[0].Revision
 	iss := issuance("01", "eu-1", 1)
+	if _, err := s.Issued(ctx, iss.GetSerial()); !errors.Is(err, ErrNotFound) {
+		t.Errorf("before it is noted: %v", err)
+	}
 	if err := s.Journal(ctx, iss, at); err != nil {
 		t.Fatal(err)
 	}
@@ -87,6 +90,9 @@ func TestJournal(t *testing.T) {
 	}
 	other := issuance("01", "eu-1", 1)
 	other.PublicKeyHash = []byte("another key")
+	if got, err := s.Issued(ctx, iss.GetSerial()); err != nil || got.GetGeneration() != iss.GetGeneration() {
+		t.Errorf("once it is noted: %v, %v", got, err)
+	}
 	if err := s.Journal(ctx, other, at); !errors.Is(err, ErrExists) {
 		t.Errorf("the same serial number for another key: %v", err)
 	}
