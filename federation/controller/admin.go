@@ -268,25 +268,63 @@ func (s *adminServer) Drain(ctx context.Context, req *federationv1.DrainRequest)
 			cluster, len(resp.Stranded), one.Namespace, one.Name, one.CallerCluster)
 	}
 	d := federation.Drain{
-		Remaining: federation.All, Over: over, Started: c.cfg.Clock.Now().Truncate(time.Millisecond),
+		Over: over, Started: c.cfg.Clock.Now().Truncate(time.Millisecond),
 		CloseExistingAfter: after, By: callerOf(ctx).name(),
 	}
-	w := store.Swap{Key: federationv1.DrainKey(cluster).String()}
-	if f, ok := c.state.fact(federationv1.DrainKey(cluster)); ok {
-		w.Old = f.Record()
-		d.Remaining = f.Body.(federation.Drain).Remaining
-	}
-	if over == 0 {
-		d.Remaining = 0
-	}
-	w.New = federationv1.DrainRecord(cluster, d)
-	rev, err := c.store.Swap(ctx, w)
+	rev, err := c.decideDrain(ctx, cluster, func(old *federation.Drain) (*federation.Drain, error) {
+		d.Remaining = federation.All
+		if old != nil {
+			d.Remaining = old.Remaining
+		}
+		if over == 0 {
+			d.Remaining = 0
+		}
+		return &d, nil
+	})
 	if err != nil {
-		return nil, c.storeError(err)
+		return nil, err
 	}
 	c.log.InfoContext(ctx, "draining a cluster", "cluster", string(cluster), "over", over, "by", d.By, "revision", rev.Number)
-	resp.Drain, resp.Revision = w.New.GetDrain(), federationv1.EncodeRevision(rev)
+	resp.Drain, resp.Revision = federationv1.EncodeDrain(d), federationv1.EncodeRevision(rev)
 	return resp, nil
+}
+
+// drainAttempts is how often a drain is decided on against a leader that moves
+// it on at the same time.
+const drainAttempts = 20
+
+// decideDrain replaces a cluster's drain by what decide makes of it: nil is
+// none, before and after. It is called again where the leader was faster.
+func (c *Controller) decideDrain(ctx context.Context, cluster federation.ClusterID, decide func(*federation.Drain) (*federation.Drain, error)) (federation.Revision, error) {
+	key := federationv1.DrainKey(cluster)
+	for attempt := 1; ; attempt++ {
+		changed := c.state.next()
+		w := store.Swap{Key: key.String()}
+		var old *federation.Drain
+		if f, ok := c.state.fact(key); ok {
+			d := f.Body.(federation.Drain)
+			old, w.Old = &d, f.Record()
+		}
+		d, err := decide(old)
+		if err != nil {
+			return federation.Revision{}, err
+		}
+		if d != nil {
+			w.New = federationv1.DrainRecord(cluster, *d)
+		}
+		rev, err := c.store.Swap(ctx, w)
+		if !errors.Is(err, store.ErrConflict) || attempt == drainAttempts {
+			if err != nil {
+				return rev, c.storeError(err)
+			}
+			return rev, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return rev, ctx.Err()
+		}
+	}
 }
 
 // Undrain gives a cluster its share back, over time.
@@ -300,20 +338,20 @@ func (s *adminServer) Undrain(ctx context.Context, req *federationv1.UndrainRequ
 	if over < 0 || over > maxDrainOver {
 		return nil, invalid("undraining takes from 0 s to %v", maxDrainOver)
 	}
-	f, ok := c.state.fact(federationv1.DrainKey(cluster))
-	if !ok {
-		return nil, status.Errorf(codes.NotFound, "cluster %q is not being drained", cluster)
-	}
-	w := store.Swap{Key: f.Key.String(), Old: f.Record()}
-	if over > 0 {
-		d := f.Body.(federation.Drain)
-		d.Undo, d.Over, d.Started, d.By = true, over, c.cfg.Clock.Now().Truncate(time.Millisecond), callerOf(ctx).name()
-		d.CloseExistingAfter = 0
-		w.New = federationv1.DrainRecord(cluster, d)
-	}
-	rev, err := c.store.Swap(ctx, w)
+	rev, err := c.decideDrain(ctx, cluster, func(old *federation.Drain) (*federation.Drain, error) {
+		if old == nil {
+			return nil, status.Errorf(codes.NotFound, "cluster %q is not being drained", cluster)
+		}
+		if over == 0 {
+			return nil, nil
+		}
+		return &federation.Drain{
+			Remaining: old.Remaining, Over: over, Undo: true,
+			Started: c.cfg.Clock.Now().Truncate(time.Millisecond), By: callerOf(ctx).name(),
+		}, nil
+	})
 	if err != nil {
-		return nil, c.storeError(err)
+		return nil, err
 	}
 	c.log.InfoContext(ctx, "undraining a cluster", "cluster", string(cluster), "over", over, "by", callerOf(ctx).name(), "revision", rev.Number)
 	return &federationv1.UndrainResponse{Revision: federationv1.EncodeRevision(rev)}, nil

@@ -110,6 +110,7 @@ type Controller struct {
 	metrics *metrics
 	limits  *limits
 	denials *identity.Denials
+	issued  journalCount
 
 	trust    *trust
 	state    *state

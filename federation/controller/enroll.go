@@ -146,7 +146,7 @@ func (c *Controller) issue(ctx context.Context, agent identity.Peer, want spiffe
 	if err != nil {
 		return nil, nil, c.storeError(err)
 	}
-	if err := checkStanding(member); err != nil {
+	if err := c.checkIdentity(ctx, agent, member); err != nil {
 		return nil, nil, err
 	}
 	chain, err := c.trust.sign(ctx, who, member.GetGeneration(), agent.String())
@@ -155,6 +155,27 @@ func (c *Controller) issue(ctx context.Context, agent identity.Peer, want spiffe
 	}
 	bundle, err := c.bundle()
 	return chainMessage(who.ID, chain), bundle, err
+}
+
+// checkIdentity says why an agent does not speak for its cluster: the cluster is
+// not active, or has enrolled anew since the agent's identity was issued, so
+// that a lost key is of no use to its finder.
+func (c *Controller) checkIdentity(ctx context.Context, agent identity.Peer, m *federationv1.Member) error {
+	if err := checkStanding(m); err != nil {
+		return err
+	}
+	issued, err := c.store.Issued(ctx, agent.Serial)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil // of before a backup that the store was restored from
+	}
+	if err != nil {
+		return c.storeError(err)
+	}
+	if issued.GetGeneration() != m.GetGeneration() {
+		return status.Errorf(codes.PermissionDenied,
+			"cluster %q has enrolled anew since this identity was issued, with another key: enrol with a join token", m.GetCluster())
+	}
+	return nil
 }
 
 // checkStanding says why a cluster gets nothing at present.

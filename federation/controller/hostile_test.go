@@ -231,6 +231,29 @@ func TestADeregisteredAgentIsRefused(t *testing.T) {
 	}
 }
 
+// When a cluster enrols anew because its key was lost, whoever found the key is
+// nobody, though its certificate is valid still.
+func TestALostKeyIsOfNoUse(t *testing.T) {
+	m := newTestMesh(t, clock.Real())
+	c := m.start("one")
+	old := m.join(c, "eu-1")
+	stream := m.mustConnect(old, c.Address(), nil)
+	token := must(m.adminClient(c).CreateToken(timeout(t), &federationv1.CreateTokenRequest{Cluster: "eu-1"}))(t)
+	fresh, _, err := m.enroll(c.Address(), token.GetToken(), mustKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream.ended()
+	if _, err := m.connect(old, c.Address(), nil); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a stream with the old key: %v", err)
+	}
+	csr := must(identity.NewCSR(mustKey(t)))(t)
+	if _, err := federationv1.NewIssueClient(m.dial(old, c.Address())).Issue(timeout(t), &federationv1.IssueRequest{Csr: csr}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a signature with the old key: %v", err)
+	}
+	m.mustConnect(fresh, c.Address(), nil)
+}
+
 // An agent whose SVID has expired renews by its key.
 func TestAnExpiredAgentRenews(t *testing.T) {
 	clk := clock.Scaled(40, 0)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -308,6 +309,34 @@ func storeStatus(st store.Status) *federationv1.StoreStatus {
 	}
 }
 
+// journalCount is how many identities each authority has in the journal. To
+// count goes through all of it, so the answer is kept for a while.
+type journalCount struct {
+	mu    sync.Mutex
+	at    time.Time
+	known map[string]int64 // by sealPath
+}
+
+const journalCountKept = 30 * time.Second
+
+func (j *journalCount) count(ctx context.Context, st *store.Store, now time.Time) (map[string]int64, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.known != nil && now.Sub(j.at) < journalCountKept {
+		return j.known, nil
+	}
+	known := map[string]int64{}
+	err := st.EachIssued(ctx, func(i *federationv1.Issuance) bool {
+		known[sealPath(i.GetRegion(), i.GetSlot())]++
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	j.known, j.at = known, now
+	return known, nil
+}
+
 // GetTrust says whom the mesh trusts.
 func (s *adminServer) GetTrust(ctx context.Context, _ *federationv1.GetTrustRequest) (*federationv1.GetTrustResponse, error) {
 	c := s.c
@@ -322,11 +351,7 @@ func (s *adminServer) GetTrust(ctx context.Context, _ *federationv1.GetTrustRequ
 	if err != nil {
 		return nil, c.storeError(err)
 	}
-	issued := map[string]int64{}
-	err = c.store.EachIssued(ctx, func(i *federationv1.Issuance) bool {
-		issued[sealPath(i.GetRegion(), i.GetSlot())]++
-		return true
-	})
+	issued, err := c.issued.count(ctx, c.store, c.cfg.Clock.Now())
 	if err != nil {
 		return nil, c.storeError(err)
 	}

@@ -145,6 +145,11 @@ func (c *Controller) openSession(ctx context.Context, stream federationv1.Sync_S
 	if instance == "" {
 		instance = "agent"
 	}
+	if m, err := c.store.Member(ctx, who.cluster()); err == nil {
+		if err := c.checkIdentity(ctx, who.who, m); err != nil {
+			return nil, nil, err
+		}
+	} // else OpenSession says what is wrong
 	stored, err := c.store.OpenSession(ctx, store.SessionRequest{
 		Cluster: who.cluster(), Controller: c.cfg.Name, Instance: instance,
 	})

@@ -863,7 +863,8 @@ type Welcome struct {
 	// whole content, and at its full marker what else the agent has in them goes.
 	Differing []uint32 `protobuf:"varint,5,rep,packed,name=differing,proto3" json:"differing,omitempty"`
 	// Digest of the cluster's own exports and readiness as they are stored, so
-	// that an agent whose report would change nothing need not send it.
+	// that an agent whose report would change nothing need not send it. Absent
+	// where every agent has to report.
 	Reported      *Digest `protobuf:"bytes,6,opt,name=reported,proto3" json:"reported,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
