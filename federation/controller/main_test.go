@@ -368,6 +368,17 @@ func (m *testMesh) join(c *Started, cluster string) *credential {
 	return cred
 }
 
+// ghost is the agent of a cluster that was never registered, with a certificate
+// that is good all the same: as after a restore from an old backup.
+func (m *testMesh) ghost(c *Started, like *credential, cluster federation.ClusterID) *credential {
+	m.t.Helper()
+	id := must(identity.AgentID(m.td, cluster))(m.t)
+	key := mustKey(m.t)
+	region := must(c.trust.active(c.cfg.Region))(m.t)
+	chain := must(region.authority.SignLeaf(identity.Admitted{ID: id, Key: &key.PublicKey}, c.cfg.Lifetimes, m.clock.Now()))(m.t)
+	return &credential{svid: &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, bundle: like.bundle}
+}
+
 // testAgent is an agent as far as a controller sees it: it keeps what it is
 // sent.
 type testAgent struct {
@@ -566,6 +577,12 @@ func (a *testAgent) ended() error {
 	a.t.Helper()
 	a.until("the end of the stream", func() bool { return a.err != nil })
 	return a.err
+}
+
+func (a *testAgent) isFull() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.full
 }
 
 func (a *testAgent) hold(key string) *federationv1.Record {
