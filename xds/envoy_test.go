@@ -13,12 +13,15 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/weftmesh/weft/e2e/envoytest"
 	"github.com/weftmesh/weft/federation"
@@ -33,7 +36,9 @@ type envoyNode struct {
 	server *Server
 	leaf   *LeafServer
 	dir    string
+	source *swapSource
 	nacks  chan Nack
+	sent   atomic.Int64 // resources in responses that were acked
 	rev    int64
 
 	mu  sync.Mutex
@@ -54,9 +59,14 @@ func startEnvoy(t *testing.T, n Node, svid *x509svid.SVID, configure func(*Build
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &envoyNode{Builder: b, node: n, dir: dir, nacks: make(chan Nack, 100)}
-	e.server = NewServer(ServerConfig{Clock: clock.Real(), Logger: testLogger(t), OnNack: func(n Nack) { e.nacks <- n }})
-	e.leaf = NewLeafServer(svid, clock.Real(), testLogger(t))
+	e := &envoyNode{Builder: b, node: n, dir: dir, nacks: make(chan Nack, 100), source: new(swapSource)}
+	e.server = NewServer(ServerConfig{
+		Clock: clock.Real(), Logger: testLogger(t),
+		OnAck:  func(a Ack) { e.sent.Add(int64(len(a.Names))) },
+		OnNack: func(n Nack) { e.nacks <- n },
+	})
+	e.source.Store(svid)
+	e.leaf = NewLeafServer(e.source, clock.Real(), testLogger(t))
 	if err := e.leaf.Update(); err != nil {
 		t.Fatal(err)
 	}
@@ -124,9 +134,18 @@ func (e *envoyNode) push(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	e.set(d)
+}
+
+func (e *envoyNode) set(d Delta) {
 	e.rev++
 	e.server.Set("envoy", federation.Revision{Incarnation: "t", Number: e.rev}, d)
 }
+
+// swapSource is a source whose leaf can be replaced.
+type swapSource struct{ atomic.Pointer[x509svid.SVID] }
+
+func (l *swapSource) GetX509SVID() (*x509svid.SVID, error) { return l.Load(), nil }
 
 // settled waits until everything is acked and nothing was refused.
 func (e *envoyNode) settled(t *testing.T) {
@@ -166,7 +185,7 @@ func (e *envoyNode) listening(t *testing.T, names ...string) {
 	eventually(t, "envoy's listeners are up", func() error {
 		up := e.admin(t, "/listeners")
 		for _, n := range names {
-			if !strings.Contains(up, n+"::") {
+			if !strings.Contains(up, n+"::") && !strings.Contains(up, n+"/") {
 				return fmt.Errorf("%s is not among\n%s", n, up)
 			}
 		}
@@ -174,8 +193,13 @@ func (e *envoyNode) listening(t *testing.T, names ...string) {
 	})
 }
 
-// echo answers each line with its name, and speaks first.
+// echo says its name, then echoes.
 func echo(t *testing.T, name string) netip.AddrPort {
+	t.Helper()
+	return echoFunc(t, name, func() {})
+}
+
+func echoFunc(t *testing.T, name string, accepted func()) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -188,6 +212,7 @@ func echo(t *testing.T, name string) netip.AddrPort {
 			if err != nil {
 				return
 			}
+			accepted()
 			go func() {
 				defer c.Close()
 				fmt.Fprintf(c, "%s\n", name)
@@ -324,4 +349,121 @@ func TestEnvoyGateways(t *testing.T) {
 	}
 	logs(far, `"from":"eu-1"`, `"peer":"spiffe://mesh.example/cluster/eu-1/gateway"`, `"status":200`)
 	logs(near, `"decision":"shop/order;tier=1;share=1000"`, `"revision":"t/7"`, `"peer":"`+workload.String()+`"`)
+}
+
+// TestEnvoyRefusesAndRecovers: a caller that may not, a resource that Envoy
+// cannot take, a leaf that is replaced, and an agent that restarts.
+func TestEnvoyRefusesAndRecovers(t *testing.T) {
+	ca := newAuthority(t)
+	members := Members{Roots: ca.roots(), Clusters: []federation.ClusterID{"eu-1", "eu-2"}}
+	port := freeAddr(t).Port()
+	vip := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
+	eu1, eu2 := freeAddr(t), freeAddr(t)
+	backend, accepted := countingEcho(t, "eu-2")
+
+	far := startEnvoy(t, Node{Cluster: "eu-2", Bind: eu2}, ca.issue(t, "/cluster/eu-2/gateway"), func(b *Builder) {
+		must(t, b.SetMembers(members))
+		must(t, b.SetExport(Export{Service: payments, Callers: []federation.ClusterID{"eu-3"}, Ports: []ExportPort{{Number: port, Endpoints: []Backend{{Ready: true, Addr: backend}}}}}))
+	})
+	near := startEnvoy(t, Node{Cluster: "eu-1", Bind: eu1}, ca.issue(t, "/cluster/eu-1/gateway"), func(b *Builder) {
+		must(t, b.SetMembers(members))
+		must(t, b.SetImport(Import{Listen: vip, Plan: federation.Plan{Service: payments, Port: port, Tiers: []federation.Tier{{
+			Backends: []federation.Backend{{Cluster: "eu-2", Share: 1000, Gateways: gateways(eu2)}},
+		}}}}))
+	})
+	far.settled(t)
+	near.settled(t)
+	near.listening(t, portName(importKind, payments, port))
+	far.listening(t, eastWestName)
+
+	// Not allowed: closed before the backend hears of it.
+	if name, err := greet(vip); err == nil {
+		t.Fatalf("a caller that may not call reached %s", name)
+	}
+	if n := accepted.Load(); n != 0 {
+		t.Fatalf("%d connections at the backend for a caller that may not call", n)
+	}
+	must(t, far.SetExport(Export{Service: payments, Callers: []federation.ClusterID{"eu-1"}, Ports: []ExportPort{{Number: port, Endpoints: []Backend{{Ready: true, Addr: backend}}}}}))
+	far.push(t)
+	far.settled(t)
+	reached := func() error { _, err := greet(vip); return err }
+	eventually(t, "the caller that may now is let in", reached)
+
+	// Among good endpoints, one that Envoy refuses: the others are taken, and
+	// the server knows its name.
+	var bad Name
+	for n := range 5 {
+		i := serviceImport(n)
+		i.Listen = freeAddr(t)
+		i.Plan.Port = i.Listen.Port()
+		must(t, near.SetImport(i))
+		bad = Name{TypeEndpoints, portName(outKind, i.Plan.Service, i.Plan.Port)}
+	}
+	d, err := near.Take()
+	must(t, err)
+	for i, r := range d.Changed {
+		if r.Name == bad {
+			broken := new(endpointv3.ClusterLoadAssignment) // without its cluster's name
+			body, err := proto.Marshal(broken)
+			must(t, err)
+			d.Changed[i] = &Resource{Name: r.Name, Version: "broken", Body: body}
+		}
+	}
+	near.set(d)
+	eventually(t, "the broken endpoints alone are refused", func() error {
+		s := near.server.Streams()
+		if len(s) != 1 || len(s[0].Rejected) != 1 || s[0].Rejected[0].Name != bad {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+	<-near.nacks
+	if err := reached(); err != nil {
+		t.Errorf("another service is hurt: %v", err)
+	}
+	mended := Delta{}
+	for _, r := range near.Resources() {
+		if r.Name == bad {
+			mended.Changed = append(mended.Changed, r)
+		}
+	}
+	near.set(mended)
+	near.settled(t)
+	near.listening(t, "imp/shop/s0", "imp/shop/s4")
+
+	// A new leaf is in use once it is acked.
+	near.source.Store(ca.issue(t, "/cluster/eu-1/gateway"))
+	must(t, near.leaf.Update())
+	eventually(t, "the new leaf is in use", func() error {
+		if n, all := near.leaf.InUse(); n == 0 || !all {
+			return fmt.Errorf("%d streams, all: %t", n, all)
+		}
+		return nil
+	})
+	must(t, reached())
+
+	// The agent restarts: until its view is complete Envoy keeps everything, and
+	// then it is sent nothing that it has.
+	near.server.Drop("envoy")
+	eventually(t, "envoy is back", func() error {
+		if n := len(near.server.Streams()); n != 1 {
+			return fmt.Errorf("%d streams", n)
+		}
+		return nil
+	})
+	must(t, reached())
+	near.sent.Store(0)
+	near.set(Delta{Changed: near.Resources()})
+	near.settled(t)
+	if n := near.sent.Load(); n != 0 {
+		t.Errorf("%d resources were sent again", n)
+	}
+	must(t, reached())
+}
+
+// countingEcho is echo that counts its connections.
+func countingEcho(t *testing.T, name string) (netip.AddrPort, *atomic.Int64) {
+	t.Helper()
+	var n atomic.Int64
+	return echoFunc(t, name, func() { n.Add(1) }), &n
 }
