@@ -167,8 +167,6 @@ func (s *Server) view(key View) *view {
 	return v
 }
 
-var errViewDropped = status.Error(codes.Unavailable, "this proxy's configuration was taken away; connect again")
-
 // serve runs one stream until it ends. only limits it to one type of resource.
 func (s *Server) serve(ctx context.Context, identify Identify, protocol protocol, only *Type) error {
 	key, err := identify(ctx)

@@ -6,7 +6,9 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"github.com/weftmesh/weft/federation"
 )
@@ -101,7 +103,7 @@ func (s *stream) pump() error {
 		s.view.mu.Lock()
 		if s.view.dropped {
 			s.view.mu.Unlock()
-			return errViewDropped
+			return status.Error(codes.Unavailable, "this proxy's configuration was taken away; connect again")
 		}
 		var b *batch
 		if s.view.ready {
