@@ -53,7 +53,8 @@ type mesh struct {
 }
 
 // ownServices is what the source and the checks say. Until the source has been
-// read once, or the disk had its last good state, nothing is known.
+// readable once, or the disk had its last good state, nothing is known, and
+// what the controller stores of the own cluster counts.
 type ownServices struct {
 	known     bool
 	services  map[federation.ServiceID]*service

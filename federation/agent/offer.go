@@ -64,7 +64,9 @@ func (o *offering) of(k endpointKey) health {
 // take replaces what the source says. full: there is nothing else. It returns
 // the checks that are to run.
 func (o *offering) take(services map[federation.ServiceID]*service, policies map[federation.PolicyID]federation.Policy, full bool) map[endpointKey]check {
-	o.mesh.setOwn(services, policies)
+	if full || len(services)+len(policies) > 0 {
+		o.mesh.setOwn(services, policies)
+	}
 	want := checks(services)
 	o.mu.Lock()
 	o.services, o.full, o.read = services, full, true

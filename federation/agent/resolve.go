@@ -106,7 +106,7 @@ func (h *hosts) snapshot() map[string][]string {
 func (h *hosts) run(ctx context.Context) error {
 	timer := h.clock.NewTimer(resolveEvery)
 	defer timer.Stop()
-	for {
+	for ctx.Err() == nil {
 		due, next := h.due()
 		if len(due) == 0 {
 			timer.Reset(next)
@@ -125,6 +125,7 @@ func (h *hosts) run(ctx context.Context) error {
 		}
 		_ = g.Wait()
 	}
+	return nil
 }
 
 // due are the names to resolve now, and else how long there is to wait.
