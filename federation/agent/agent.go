@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -127,32 +126,33 @@ func (a *Agent) Run(ctx context.Context) error {
 
 	// The state is written when everything that changes it has ended.
 	g, run := errgroup.WithContext(ctx)
-	g.Go(named("identity", run, a.who.source.Run))
-	g.Go(named("source", run, a.runSource))
-	g.Go(named("checks", run, a.runSettle))
-	g.Go(named("plans", run, a.driver.run))
-	g.Go(named("answers", run, a.runAnswers))
-	g.Go(named("names", run, a.hosts.run))
-	g.Go(named("sync", run, a.link.run))
+	g.Go(named(run, "identity", a.who.source.Run))
+	g.Go(named(run, "source", a.runSource))
+	g.Go(named(run, "checks", a.runSettle))
+	g.Go(named(run, "plans", a.driver.run))
+	g.Go(named(run, "answers", a.runAnswers))
+	g.Go(named(run, "names", a.hosts.run))
+	g.Go(named(run, "sync", a.link.run))
 	for _, l := range a.listens {
-		g.Go(named(l.name, run, l.serve))
+		g.Go(named(run, l.name, l.serve))
 	}
 	if a.dnsUDP != nil {
-		g.Go(named("dns", run, func(ctx context.Context) error { return serveDNS(ctx, a.mesh, a.dnsUDP, a.dnsTCP) }))
+		g.Go(named(run, "dns", func(ctx context.Context) error { return serveDNS(ctx, a.mesh, a.dnsUDP, a.dnsTCP) }))
 	}
-	saved := make(chan error, 1)
+	saved := make(chan struct{})
 	saving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	persist := persister{clock: a.clock, dirty: a.mesh.dirty, save: a.save, failing: a.saveFailing}
-	go func() { saved <- persist.run(saving) }()
+	go func() { defer close(saved); persist.run(saving) }()
 
 	err = g.Wait()
 	a.checker.wait()
 	stop()
-	return errors.Join(err, <-saved)
+	<-saved
+	return err
 }
 
 // named runs one part of the agent and names it in its error.
-func named(name string, ctx context.Context, run func(context.Context) error) func() error {
+func named(ctx context.Context, name string, run func(context.Context) error) func() error {
 	return func() error {
 		if err := run(ctx); err != nil && ctx.Err() == nil {
 			return fmt.Errorf("%s: %w", name, err)
@@ -226,7 +226,7 @@ func (a *Agent) restore() {
 	}
 	a.driver.open()
 	a.log.Info("starting from the last good state", "revision", l.Revision.String(),
-		"records", len(l.Records), "own_services", len(a.source.objects))
+		"records", len(l.Records), "ownServices", len(a.source.objects))
 }
 
 // save writes the last good state.

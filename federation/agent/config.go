@@ -134,7 +134,7 @@ func ParseSocket(settings map[string]string) (Socket, error) {
 		}
 		s.Mode = fs.FileMode(n)
 	}
-	for _, f := range strings.Fields(settings[socketOutbound]) {
+	for f := range strings.FieldsSeq(settings[socketOutbound]) {
 		name, text, _ := strings.Cut(f, "=")
 		id, err := federation.ParseServiceID(name)
 		if err != nil {

@@ -211,14 +211,15 @@ func soa() dns.RR {
 
 // listenDNS binds one address for UDP and TCP. With port 0 both get the same
 // free port.
-func listenDNS(address string) (net.PacketConn, net.Listener, error) {
+func listenDNS(ctx context.Context, address string) (net.PacketConn, net.Listener, error) {
+	var config net.ListenConfig
 	var last error
 	for range 8 { // a free TCP port may be taken for UDP
-		l, err := net.Listen("tcp", address)
+		l, err := config.Listen(ctx, "tcp", address)
 		if err != nil {
 			return nil, nil, fmt.Errorf("dns over tcp: %w", err)
 		}
-		p, err := net.ListenPacket("udp", l.Addr().String())
+		p, err := config.ListenPacket(ctx, "udp", l.Addr().String())
 		if err == nil {
 			return p, l, nil
 		}
@@ -273,7 +274,7 @@ func serveDNS(ctx context.Context, services directory, p net.PacketConn, l net.L
 	_ = p.Close()
 	_ = l.Close()
 	for range running {
-		<-ended
+		err = errors.Join(err, <-ended)
 	}
 	if ctx.Err() != nil {
 		return nil

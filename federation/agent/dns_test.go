@@ -152,7 +152,7 @@ func TestDNSOddQueries(t *testing.T) {
 
 // Over sockets: both transports, garbage in between, and a clean end.
 func TestDNSServer(t *testing.T) {
-	p, l, err := listenDNS("127.0.0.1:0")
+	p, l, err := listenDNS(t.Context(), "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,7 +188,7 @@ func TestDNSServer(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("it does not end")
 	}
-	p, l, err = listenDNS(p.LocalAddr().String())
+	p, l, err = listenDNS(t.Context(), p.LocalAddr().String())
 	if err != nil {
 		t.Fatalf("its port is still taken: %v", err)
 	}

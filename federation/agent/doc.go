@@ -12,8 +12,8 @@
 //   - proxies.go: what the attached gateways see
 //   - resolve.go: the addresses behind the gateways' host names
 //
-// mesh.go lays the cluster's own truth over the records and makes one catalog
-// and one world of them. What goes out follows from these alone:
+// mesh.go and own.go lay the own truth over the records and make one catalog
+// and one world of them; what goes out follows from a scene of these (scene.go):
 //
 //   - drive.go: plans, and through package xds the proxies' resources
 //   - dns.go: clusterset.local

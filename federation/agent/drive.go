@@ -341,12 +341,12 @@ type persister struct {
 
 const saveEvery = 200 * time.Millisecond
 
-func (p *persister) run(ctx context.Context) error {
+func (p *persister) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
 			p.failing(p.save())
-			return nil
+			return
 		case <-p.dirty:
 		}
 		p.failing(p.save())

@@ -126,7 +126,7 @@ func (a *Agent) identify(ctx context.Context) (*who, error) {
 			}
 		}
 		wait := retryAfter(failures)
-		a.log.Warn("cannot enrol yet", "controllers", a.config.Controllers, "error", err, "retry_in", wait.Round(time.Millisecond))
+		a.log.Warn("cannot enrol yet", "controllers", a.config.Controllers, "error", err, "retryIn", wait.Round(time.Millisecond))
 		if err := clock.Sleep(ctx, a.clock, wait); err != nil {
 			return nil, err
 		}
@@ -183,7 +183,7 @@ func (a *Agent) enrol(ctx context.Context, address string) (*who, error) {
 	if err := e.save(a.config.StateDir); err != nil {
 		return nil, &lastingError{err}
 	}
-	a.log.Info("enrolled", "cluster", e.Cluster, "trust_domain", e.TrustDomain, "controller", address)
+	a.log.Info("enrolled", "cluster", e.Cluster, "trustDomain", e.TrustDomain, "controller", address)
 	return &who{enrolment: e, source: source, member: response.GetMember()}, nil
 }
 

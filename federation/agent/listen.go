@@ -24,8 +24,8 @@ const unixPathLimit = 107
 // process left at the path is replaced; a socket that somebody still serves,
 // or a file that is no socket, is an error. There is no moment at which the
 // socket exists with wider permissions.
-func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
-	if err := checkSocketFree(path); err != nil {
+func listenUnix(ctx context.Context, path string, mode fs.FileMode) (net.Listener, error) {
+	if err := checkSocketFree(ctx, path); err != nil {
 		return nil, err
 	}
 	// It is bound under a short name beside its own and renamed when ready.
@@ -58,7 +58,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 }
 
 // checkSocketFree reports why nothing may be bound at path.
-func checkSocketFree(path string) error {
+func checkSocketFree(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -69,7 +69,7 @@ func checkSocketFree(path string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("socket %s: a file that is no socket is in its place: move it away or choose another path", path)
 	}
-	conn, err := net.Dial("unix", path)
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err == nil {
 		_ = conn.Close()
 		return fmt.Errorf("socket %s: another process serves it: stop that one or choose another path", path)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"log/slog"
 	"sync"
 
@@ -205,7 +206,7 @@ func (o *offering) checked(k endpointKey, now health, why string) {
 	if now == healthFailing {
 		level = slog.LevelWarn
 	}
-	o.log.Log(nil, level, "endpoint's readiness changed", "service", k.service.String(), "endpoint", k.endpoint,
+	o.log.Log(context.Background(), level, "endpoint's readiness changed", "service", k.service.String(), "endpoint", k.endpoint,
 		"was", before.String(), "is", now.String(), "why", why)
 	o.findings.set("checks", o.failing())
 	if sure {

@@ -45,7 +45,7 @@ func attach(t *testing.T, conn *grpc.ClientConn, name string) *attachment {
 	}
 	x := &attachment{stream: stream, done: make(chan struct{})}
 	if err := stream.Send(&federationv1.AttachRequest{Message: &federationv1.AttachRequest_Hello{
-		Hello: &federationv1.ProxyHello{Name: name, Engine: "test", Version: "1", Role: "root"},
+		Hello: &federationv1.ProxyHello{Name: name, Engine: "test", Version: "1"},
 	}}); err != nil {
 		t.Fatal(err)
 	}

@@ -59,7 +59,7 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 		if v.socket.Path == "" {
 			continue
 		}
-		l, err := listenUnix(v.socket.Path, v.socket.Mode)
+		l, err := listenUnix(ctx, v.socket.Path, v.socket.Mode)
 		if err != nil {
 			return err
 		}
@@ -77,7 +77,7 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 		})))
 	}
 	if at := a.config.DNSListen; at != "" {
-		if a.dnsUDP, a.dnsTCP, err = listenDNS(at); err != nil {
+		if a.dnsUDP, a.dnsTCP, err = listenDNS(ctx, at); err != nil {
 			return fmt.Errorf("--dns-listen %s: %w", at, err)
 		}
 	}

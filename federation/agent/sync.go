@@ -104,7 +104,7 @@ func (l *link) run(ctx context.Context) error {
 			level = slog.LevelDebug
 		}
 		l.log.Log(ctx, level, "no session with the controller: the last good state stays in use",
-			"controller", address, "error", err, "retry_in", wait.Round(time.Millisecond))
+			"controller", address, "error", err, "retryIn", wait.Round(time.Millisecond))
 		if clock.Sleep(ctx, l.clock, wait) != nil {
 			return nil
 		}
@@ -179,7 +179,7 @@ func (l *link) session(ctx context.Context, address string) (lived bool, err err
 	defer l.metrics.connected.Set(0)
 	l.metrics.sessions.Inc()
 	l.log.Info("session with the controller", "controller", address, "epoch", welcome.GetEpoch(),
-		"revision", revisionText(welcome.GetRevision()), "differing_buckets", len(welcome.GetDiffering()))
+		"revision", revisionText(welcome.GetRevision()), "differingBuckets", len(welcome.GetDiffering()))
 
 	l.connected()
 

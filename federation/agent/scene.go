@@ -100,33 +100,6 @@ func (m *mesh) thresholds(s federation.ServiceID) []federation.PerMille {
 	return out
 }
 
-// sameReport reports whether a stored record says what the agent reports: what
-// the controller decides alone does not count.
-func sameReport(stored, own *federationv1.Record) bool {
-	strip := func(r *federationv1.Record) ([]byte, error) {
-		switch r.GetBody().(type) {
-		case *federationv1.Record_Export:
-			e, err := r.GetExport().Decode()
-			if err != nil {
-				return nil, err
-			}
-			e.Accepted, e.Network = 0, ""
-			return federationv1.ExportRecord(e).Value()
-		case *federationv1.Record_Policy:
-			p, err := r.GetPolicy().Decode()
-			if err != nil {
-				return nil, err
-			}
-			p.Accepted = 0
-			return federationv1.PolicyRecord(p).Value()
-		}
-		return r.Value()
-	}
-	a, errA := strip(stored)
-	b, errB := strip(own)
-	return errA == nil && errB == nil && string(a) == string(b)
-}
-
 // service is a service as the own cluster sees it.
 func (m *mesh) service(s federation.ServiceID) (*federation.Service, bool) {
 	catalog, _ := m.present()
