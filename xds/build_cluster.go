@@ -45,8 +45,8 @@ const (
 	ejectBase     = 5 * time.Second
 	ejectMax      = 30 * time.Second
 	attempts      = 5
-	backoffMin    = 5 * time.Millisecond
-	backoffMax    = 10 * time.Millisecond
+	firstBackoff  = 5 * time.Millisecond
+	lastBackoff   = 10 * time.Millisecond
 	helloTimeout  = 5 * time.Second
 )
 

@@ -84,7 +84,7 @@ func tcpProxy(stat, cluster string) *tcpv3.TcpProxy {
 		ClusterSpecifier:   &tcpv3.TcpProxy_Cluster{Cluster: cluster},
 		IdleTimeout:        seconds(0),
 		MaxConnectAttempts: u32(attempts),
-		BackoffOptions:     &corev3.BackoffStrategy{BaseInterval: seconds(backoffMin), MaxInterval: seconds(backoffMax)},
+		BackoffOptions:     &corev3.BackoffStrategy{BaseInterval: seconds(firstBackoff), MaxInterval: seconds(lastBackoff)},
 	}
 }
 

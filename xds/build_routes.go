@@ -69,7 +69,7 @@ func virtualHost(e *encoder, authority, cluster string) *routev3.VirtualHost {
 					}},
 					HostSelectionRetryMaxAttempts: attempts,
 					RetryBackOff: &routev3.RetryPolicy_RetryBackOff{
-						BaseInterval: seconds(backoffMin), MaxInterval: seconds(backoffMax),
+						BaseInterval: seconds(firstBackoff), MaxInterval: seconds(lastBackoff),
 					},
 				},
 			}},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -85,7 +86,7 @@ func (c *Client) Run(ctx context.Context) error {
 		// Full jitter: when an agent restarts, its proxies do not come back all at
 		// once.
 		wait := c.cfg.BackoffMin + time.Duration(rand.Int64N(int64(backoff)))
-		c.cfg.Logger.WarnContext(ctx, "no configuration stream; what is in use stays in use", "error", err, "again in", wait)
+		c.cfg.Logger.WarnContext(ctx, "no configuration stream; what is in use stays in use", "error", err, "retryIn", wait)
 		if err := clock.Sleep(ctx, c.cfg.Clock, wait); err != nil {
 			return err
 		}
@@ -197,7 +198,7 @@ func (s *session) handle(ctx context.Context, m *discoveryv3.DeltaDiscoveryRespo
 	if u := step.update(); u != nil {
 		refused = c.cfg.Apply(u)
 	}
-	refused = append(step.refused, step.commit(refused)...)
+	refused = slices.Concat(step.refused, step.commit(refused))
 	c.config.Store(c.state.config)
 	if t == TypeListener {
 		c.becomeReady()

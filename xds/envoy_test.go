@@ -276,8 +276,10 @@ func TestEnvoyGateways(t *testing.T) {
 	workload := spiffeid.RequireFromPath(testDomain, "/cluster/us-1/ns/shop/sa/payments")
 
 	plan := func(tiers ...federation.Tier) federation.Plan {
-		return federation.Plan{Service: payments, Port: port, Tiers: tiers, Revision: federation.Revision{Incarnation: "t", Number: 7},
-			Policy: federation.PolicyID{Origin: federation.OriginController, Namespace: "shop", Name: "order"}}
+		return federation.Plan{
+			Service: payments, Port: port, Tiers: tiers, Revision: federation.Revision{Incarnation: "t", Number: 7},
+			Policy: federation.PolicyID{Origin: federation.OriginController, Namespace: "shop", Name: "order"},
+		}
 	}
 	local := federation.Backend{Cluster: "eu-1", Share: 1000, Local: true}
 	terminate := federation.Backend{Cluster: "eu-2", Share: 1000, Gateways: gateways(eu2)}

@@ -67,9 +67,7 @@ func (p deltaProtocol) send(b *batch) error {
 		RemovedResources:  b.removed,
 		Resources:         make([]*discoveryv3.Resource, 0, len(b.live)+len(b.emptied)),
 	}
-	for _, w := range b.live {
-		r.Resources = append(r.Resources, w)
-	}
+	r.Resources = append(r.Resources, b.live...)
 	for _, name := range b.emptied {
 		r.Resources = append(r.Resources, &discoveryv3.Resource{Name: name, Version: "withdrawn", Resource: withdrawn(name)})
 	}

@@ -123,8 +123,7 @@ func TestEndpointsFollowTheirCluster(t *testing.T) {
 	i.Candidates = append(i.Candidates, &federation.Export{Cluster: "eu-3"})
 	must(t, f.SetImport(i))
 	f.push(t)
-	m, names = r.expect(TypeCluster)
-	if !slices.Equal(names, []string{"out/shop/s1/80"}) {
+	if _, names = r.expect(TypeCluster); !slices.Equal(names, []string{"out/shop/s1/80"}) {
 		t.Fatalf("clusters %v", names)
 	}
 	if _, names = r.expect(TypeEndpoints); !slices.Equal(names, []string{"out/shop/s1/80"}) {
@@ -254,7 +253,7 @@ func TestNackIsolation(t *testing.T) {
 			// It is not sent again until it changes.
 			must(t, f.SetImport(serviceImport(3, []federation.Tier{}...)))
 			f.push(t)
-			if m, got = r.expect(TypeEndpoints); !slices.Equal(got, []string{"out/shop/s3/80"}) {
+			if _, got = r.expect(TypeEndpoints); !slices.Equal(got, []string{"out/shop/s3/80"}) {
 				t.Errorf("then %v", got)
 			}
 		})

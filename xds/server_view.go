@@ -68,12 +68,10 @@ func newView(key View) *view {
 	return v
 }
 
-// set applies a change and wakes the streams. It reports how many resources
-// differ.
-func (v *view) set(rev federation.Revision, d Delta) int {
+// set applies a change and wakes the streams.
+func (v *view) set(rev federation.Revision, d Delta) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	before := v.head
 	// Within one change, what is referred to is numbered before what refers to
 	// it, and is removed after it: streams may stop anywhere in between. (Of a
 	// cluster that is gone, no proxy wants the endpoints any more.)
@@ -105,7 +103,6 @@ func (v *view) set(rev federation.Revision, d Delta) int {
 	for s := range v.streams {
 		s.wake()
 	}
-	return int(v.head - before)
 }
 
 func (v *view) put(r *Resource) {
