@@ -456,7 +456,7 @@ func (t *Tunnel) onRequest(id uint32, end bool, b *block) error {
 		t.control.WriteRSTStream(id, code)
 		t.mu.Unlock()
 		t.wakeWriter()
-		return t.budget.spend(http2.FrameHeaders)
+		return t.resets.spend(http2.FrameHeaders)
 	}
 	s := newStream(t, id)
 	t.add(s)
