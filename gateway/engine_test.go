@@ -158,6 +158,32 @@ func TestCandidatesThatFailInEveryWay(t *testing.T) {
 	}
 }
 
+// TestPodThatBreaksIsSetAsideByItsGateway: at the gateway in front of it,
+// and its gateway is not: the other pods serve.
+func TestPodThatBreaksIsSetAsideByItsGateway(t *testing.T) {
+	m := newMesh(t)
+	bad, good := serve(t, hangUp), greeter(t, "b")
+	b := m.gateway("b").serves(payments, bad.addr, good.addr).start()
+	c := m.gateway("c").serves(payments, greeter(t, "c").addr).start()
+	a := m.gateway("a")
+	addr := a.imports(payments, to(b, 0, 1000), to(c, 1, 1000))
+	a.start()
+	for i := range 30 {
+		if who, err := ask(t, addr); err != nil || who == "c" && i > 10 {
+			t.Fatalf("connection %d: %q, %v", i, who, err)
+		}
+	}
+	if n := bad.accepts.Load(); n != 3 {
+		t.Errorf("the bad pod got %d connections, want 3", n)
+	}
+	if n := b.metric("weft_gateway_ejections_total"); n != 1 {
+		t.Errorf("%v ejections at the far gateway, want 1", n)
+	}
+	if n := a.metric("weft_gateway_ejections_total"); n != 0 {
+		t.Errorf("%v ejections at the source, want none", n)
+	}
+}
+
 func TestNobodyServes(t *testing.T) {
 	m := newMesh(t)
 	b := m.gateway("b").start()

@@ -87,9 +87,9 @@ func (e *Engine) passThrough(c *net.TCPConn, l *xds.Listener, chain *xds.Chain, 
 		hangUp(c)
 		return
 	}
-	r.Connected, r.Endpoint = true, own.key
+	r.Connected, r.Endpoint = true, own.c.key
 	o := relay.Options{Prefix: hello.Raw, Idle: chain.Passthrough.IdleTimeout}
-	e.join(r, c, conn, o, func(relay.Result) {})
+	e.join(r, c, conn, o, own)
 }
 
 // inbound is a tunnel that another cluster's gateway, or proxy, opened.
@@ -215,9 +215,9 @@ func (in *inbound) serve(req *tunnel.Incoming) {
 		return
 	}
 	defer conn.Close()
-	r.Attempts, r.Endpoint = attempts, own.key
+	r.Attempts, r.Endpoint = attempts, own.c.key
 	s, err := req.Accept(tunnel.Header{
-		{Name: xds.HeaderEndpoint, Value: own.key},
+		{Name: xds.HeaderEndpoint, Value: own.c.key},
 		{Name: xds.HeaderAttempts, Value: strconv.Itoa(attempts)},
 	})
 	if err != nil {
@@ -226,7 +226,7 @@ func (in *inbound) serve(req *tunnel.Incoming) {
 		return
 	}
 	r.Connected = true
-	e.join(r, s, conn, relay.Options{}, func(relay.Result) {})
+	e.join(r, s, conn, relay.Options{}, own)
 }
 
 // authorize decides about a stream by the state of this moment: the peer's

@@ -49,14 +49,31 @@ func (e *Engine) carryOut(c *net.TCPConn, l *xds.Listener) {
 		return
 	}
 	r.Connected = true
-	e.join(r, c, backend, relay.Options{Idle: fw.IdleTimeout}, func(res relay.Result) {
-		switch {
-		case res.ToClient > 0:
-			b.served(chosen)
-		case res.Reason == relay.BackendReset || res.Reason == relay.BackendLost:
-			e.note(b.broke(chosen), chosen, res.Err)
+	e.join(r, c, backend, relay.Options{Idle: fw.IdleTimeout}, chosen...)
+}
+
+// choice is a candidate that was chosen, to be judged by how it goes on.
+type choice struct {
+	b *balancer
+	c *candidate
+}
+
+// broke and judge tell the balancers of a connection's choices what became of
+// it: more than one where the choice of a cluster led to one of an endpoint.
+func (e *Engine) broke(err error, choices ...choice) {
+	for _, x := range choices {
+		e.note(x.b.broke(x.c), x.c, err)
+	}
+}
+
+func (e *Engine) judge(res relay.Result, choices ...choice) {
+	if res.ToClient > 0 {
+		for _, x := range choices {
+			x.b.served(x.c)
 		}
-	})
+	} else if res.Reason == relay.BackendReset || res.Reason == relay.BackendLost {
+		e.broke(res.Err, choices...)
+	}
 }
 
 // hangUp closes a connection so that its other end sees a reset: the end of an
@@ -67,18 +84,18 @@ func hangUp(c *net.TCPConn) {
 }
 
 // join relays and writes the account.
-func (e *Engine) join(r *Record, client, backend relay.Conn, o relay.Options, judge func(relay.Result)) {
+func (e *Engine) join(r *Record, client, backend relay.Conn, o relay.Options, choices ...choice) {
 	res := e.relay.Join(e.life, client, backend, o)
 	r.Sent, r.Received, r.End = res.ToBackend, res.ToClient, res.Reason.String()
 	if errors.Is(res.Err, ErrDrained) {
 		r.End = "drain deadline"
 	}
-	judge(res)
+	e.judge(res, choices...)
 }
 
 // search tries candidates until one takes the connection and does not break it
 // at once.
-func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record) (*candidate, relay.Conn, error) {
+func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record) ([]choice, relay.Conn, error) {
 	s := newSearch()
 	last := errNoHealth
 	for r.Attempts < fw.Attempts {
@@ -97,7 +114,7 @@ func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record)
 			}
 		}
 		r.Attempts++
-		backend, err := e.reach(b, chosen, fw, r)
+		backend, within, err := e.reach(b, chosen, fw, r)
 		if err == nil {
 			stop := e.interrupt(c)
 			err = firstByte(c, backend)
@@ -105,10 +122,10 @@ func (e *Engine) search(c *net.TCPConn, b *balancer, fw *xds.Forward, r *Record)
 			if err == nil {
 				b.connected(chosen)
 				e.metrics.attempts.WithLabelValues("connected").Inc()
-				return chosen, backend, nil
+				return append(within, choice{b, chosen}), backend, nil
 			}
 			abandon(backend)
-			e.note(b.broke(chosen), chosen, err)
+			e.broke(err, append(within, choice{b, chosen})...)
 		} else {
 			e.note(b.failed(chosen), chosen, err)
 		}
@@ -172,8 +189,9 @@ func isTimeout(err error) bool {
 	return errors.As(err, &ne) && ne.Timeout()
 }
 
-// reach connects to one candidate and writes into the record how.
-func (e *Engine) reach(b *balancer, c *candidate, fw *xds.Forward, r *Record) (relay.Conn, error) {
+// reach connects to one candidate and writes into the record how. It returns
+// the choices that it made in turn.
+func (e *Engine) reach(b *balancer, c *candidate, fw *xds.Forward, r *Record) (relay.Conn, []choice, error) {
 	config := b.current()
 	r.Tier, r.Peer, r.Endpoint, r.Gateway = c.tier(), "", "", netip.AddrPort{}
 	if r.Cluster = c.locality.Cluster; r.Cluster == "" {
@@ -185,14 +203,18 @@ func (e *Engine) reach(b *balancer, c *candidate, fw *xds.Forward, r *Record) (r
 	}
 	if config.TLS == nil {
 		if fw.Tunnel != nil {
-			return nil, errNoTLS
+			return nil, nil, errNoTLS
 		}
 		r.Endpoint = c.key
-		return e.dial(c, config.ConnectTimeout)
+		conn, err := e.dial(c, config.ConnectTimeout)
+		if err != nil {
+			return nil, nil, err
+		}
+		return conn, nil, nil
 	}
 	t := config.TLS[c.TLS]
 	if t == nil || config.Tunnels == nil || fw.Tunnel == nil {
-		return nil, errNoTLS
+		return nil, nil, errNoTLS
 	}
 	r.Gateway = c.Addr
 	request := tunnel.Request{Authority: fw.Tunnel.Authority, Within: config.ConnectTimeout}
@@ -210,10 +232,10 @@ func (e *Engine) reach(b *balancer, c *candidate, fw *xds.Forward, r *Record) (r
 		r.Peer = via.peer
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	r.Endpoint = resp.Header.Get(xds.HeaderEndpoint)
-	return s, nil
+	return s, nil, nil
 }
 
 // current is the configuration that b follows now.
@@ -225,7 +247,7 @@ func (b *balancer) current() *xds.Cluster {
 
 // reachOwn is the short cut to this cluster's own endpoints: what an engine
 // that can only tunnel asks its local listener for.
-func (e *Engine) reachOwn(authority string, r *Record) (relay.Conn, error) {
+func (e *Engine) reachOwn(authority string, r *Record) (relay.Conn, []choice, error) {
 	config := e.config.Load()
 	for _, l := range config.Listeners {
 		if l.Kind != xds.LocalListener || l.Local == nil {
@@ -238,39 +260,38 @@ func (e *Engine) reachOwn(authority string, r *Record) (relay.Conn, error) {
 		if route := table.Routes[authority]; route != nil {
 			conn, own, _, err := e.connectOwn(route)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
-			r.Endpoint = own.key
-			return conn, nil
+			r.Endpoint = own.c.key
+			return conn, []choice{own}, nil
 		}
 	}
-	return nil, errNoRoute
+	return nil, nil, errNoRoute
 }
 
 // connectOwn connects to one of this cluster's own endpoints, trying others if
 // one does not answer.
-func (e *Engine) connectOwn(route *xds.Route) (conn *net.TCPConn, own *candidate, attempts int, err error) {
+func (e *Engine) connectOwn(route *xds.Route) (conn *net.TCPConn, own choice, attempts int, err error) {
 	b := e.balancer(route.Cluster)
 	if b == nil {
-		return nil, nil, 0, errNoHealth
+		return nil, choice{}, 0, errNoHealth
 	}
 	s := newSearch()
 	err = errNoHealth
 	for attempts < max(1, route.Attempts) {
-		own = b.pick(s)
-		if own == nil {
+		c := b.pick(s)
+		if c == nil {
 			break
 		}
 		attempts++
-		conn, err = e.dial(own, b.current().ConnectTimeout)
+		conn, err = e.dial(c, b.current().ConnectTimeout)
 		if err == nil {
-			b.connected(own)
-			b.served(own) // whether it answers is for the caller to see
-			return conn, own, attempts, nil
+			b.connected(c)
+			return conn, choice{b, c}, attempts, nil
 		}
-		e.note(b.failed(own), own, err)
+		e.note(b.failed(c), c, err)
 	}
-	return nil, nil, attempts, err
+	return nil, choice{}, attempts, err
 }
 
 // dial connects to a plain endpoint. The timeout is a socket's, and so the
