@@ -57,9 +57,13 @@ func newBalancer(c clock.Clock, config *xds.Cluster) *balancer {
 	return b
 }
 
+// endpointKey tells endpoints apart, and names them in logs and records.
 func endpointKey(e *xds.Endpoint) string {
-	if e.Pipe != "" {
+	switch {
+	case e.Pipe != "":
 		return e.Pipe
+	case e.TLS == "":
+		return e.Addr.String()
 	}
 	return e.TLS + "@" + e.Addr.String()
 }

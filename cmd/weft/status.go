@@ -81,7 +81,7 @@ func printStatus(w io.Writer, s *v1.GetStatusResponse) {
 		{title: "VERSION", value: func(c *v1.Controller) cell { return text("%s", c.GetVersion()) }},
 	}, s.GetControllers(), false)
 	errs, warnings := countFindings(s.GetFindings())
-	fmt.Fprintf(w, "\nFindings: %d errors, %d warnings\n", errs, warnings)
+	fmt.Fprintf(w, "\nFindings: %s, %s\n", count(errs, "error"), count(warnings, "warning"))
 }
 
 func bytesText(n int64) string {
@@ -93,6 +93,14 @@ func bytesText(n int64) string {
 	default:
 		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
 	}
+}
+
+// count is a number with its noun.
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
 }
 
 func countFindings(list []*v1.Finding) (errs, warnings int) {
@@ -180,7 +188,7 @@ func printCheck(w io.Writer, list []*v1.Finding, all bool) {
 		fmt.Fprintln(w, "No findings: all is well.")
 		return
 	}
-	fmt.Fprintf(w, "\n%d errors, %d warnings, %d notes\n", errs, warnings, len(list)-errs-warnings)
+	fmt.Fprintf(w, "\n%s, %s, %s\n", count(errs, "error"), count(warnings, "warning"), count(len(list)-errs-warnings, "note"))
 }
 
 func (a *app) trustCommand() *cobra.Command {
