@@ -63,6 +63,7 @@ type Engine struct {
 	balancers map[string]*balancer // by cluster
 	pools     map[poolKey]*pool
 	inbound   map[*inbound]struct{}
+	outbound  map[*outTunnel]struct{}
 	open      map[*Record]struct{} // connections under way
 
 	// life ends everything that still runs, with the reason as its cause.
@@ -103,6 +104,7 @@ func New(c Config) (*Engine, error) {
 		balancers: map[string]*balancer{},
 		pools:     map[poolKey]*pool{},
 		inbound:   map[*inbound]struct{}{},
+		outbound:  map[*outTunnel]struct{}{},
 		open:      map[*Record]struct{}{},
 		unproven:  make(chan struct{}, c.Unproven),
 	}
@@ -187,10 +189,8 @@ func (e *Engine) Recheck() {
 	for in := range e.inbound {
 		tunnels = append(tunnels, in)
 	}
-	for _, p := range e.pools {
-		for _, t := range p.snapshot() {
-			tunnels = append(tunnels, t)
-		}
+	for t := range e.outbound {
+		tunnels = append(tunnels, t)
 	}
 	e.mu.Unlock()
 	for _, t := range tunnels {
@@ -265,10 +265,11 @@ func (e *Engine) Close() {
 	for in := range e.inbound {
 		tunnels = append(tunnels, in.tunnel)
 	}
+	for t := range e.outbound {
+		tunnels = append(tunnels, t.Tunnel)
+	}
 	for _, p := range e.pools {
-		for _, t := range p.close() {
-			tunnels = append(tunnels, t.Tunnel)
-		}
+		p.close()
 	}
 	e.mu.Unlock()
 	for _, t := range tunnels {

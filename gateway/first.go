@@ -18,40 +18,37 @@ func firstByte(client *net.TCPConn, backend relay.Conn) error {
 	if readable(client) {
 		return nil
 	}
-	spoken, stop := make(chan struct{}), make(chan struct{})
-	broken := make(chan error, 1)
+	spoken, awaited, stop := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var broke error
 	go func() {
 		_ = awaitReadable(client) // a broken client is for the relay to find
 		close(spoken)
 	}()
+	tcp, _ := backend.(*net.TCPConn)
 	go func() {
-		switch b := backend.(type) {
-		case *tunnel.Stream:
-			broken <- b.Await(stop)
-		case *net.TCPConn:
-			broken <- awaitReadable(b)
-		default:
-			broken <- nil
+		if s, ok := backend.(*tunnel.Stream); ok {
+			broke = s.Await(stop)
+		} else if tcp != nil {
+			broke = awaitReadable(tcp)
 		}
+		close(awaited)
 	}()
 	past := time.Unix(1, 0)
-	var err error
 	select {
 	case <-spoken:
 		close(stop)
-		if tcp, ok := backend.(*net.TCPConn); ok {
+		if tcp != nil {
 			_ = tcp.SetReadDeadline(past)
-			_ = <-broken // it only ended its wait
-			_ = tcp.SetReadDeadline(time.Time{})
-		} else {
-			_ = <-broken // it only ended its wait
+			defer func() { _ = tcp.SetReadDeadline(time.Time{}) }()
 		}
-	case err = <-broken:
+		<-awaited
+		return nil
+	case <-awaited:
 		_ = client.SetReadDeadline(past)
 		<-spoken
 		_ = client.SetReadDeadline(time.Time{})
+		return broke
 	}
-	return err
 }
 
 // readable reports whether a read from c would not wait.

@@ -370,3 +370,31 @@ func TestProbesSeeGatewaysComeAndGo(t *testing.T) {
 	b.Close()
 	eventually(t, "silence", probe(false))
 }
+
+// TestTrustThatEndsFindsOldTunnels: also those that take no new streams any
+// more, and that no pool holds.
+func TestTrustThatEndsFindsOldTunnels(t *testing.T) {
+	m := newMesh(t)
+	b := m.gateway("b").serves(payments, greeter(t, "b").addr).start()
+	c := m.gateway("c").serves(payments, greeter(t, "c").addr).start()
+	a := m.gateway("a")
+	addr := a.imports(payments, to(b, 0, 1000), to(c, 1, 1000))
+	a.start()
+	conn := dial(t, addr)
+	line(conn)
+	drained := make(chan []Record, 1)
+	go func() { drained <- b.Drain(t.Context()) }()
+	eventually(t, "new connections go to c", func() bool { who, err := ask(t, addr); return who == "c" && err == nil })
+	io.WriteString(conn, "on\n")
+	if got, err := line(conn); got != "on" || err != nil {
+		t.Fatalf("while b drains: %q, %v", got, err)
+	}
+	a.denials.Deny(identity.Denial{Cluster: "b", Generation: 1})
+	a.Recheck()
+	if got, err := line(conn); err == nil || err == io.EOF {
+		t.Errorf("after b was denied: %q, %v", got, err)
+	}
+	if left := <-drained; len(left) != 0 {
+		t.Errorf("left at b: %+v", left)
+	}
+}

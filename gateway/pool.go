@@ -317,11 +317,7 @@ func (p *pool) connectOnce(ctx context.Context, limits xds.HTTP2) (*outTunnel, t
 	}
 	select {
 	case <-t.Settled():
-		p.e.metrics.tunnels.WithLabelValues("client").Inc()
-		p.e.work.Go(func() {
-			<-t.Done() // at the latest when Close has ended it, or its last stream
-			p.e.metrics.tunnels.WithLabelValues("client").Dec()
-		})
+		p.e.keepAccount(t)
 		return t, rtt, nil
 	case <-t.Done():
 		return nil, 0, fmt.Errorf("%s at %s does not accept us: %w", p.key.sni, p.key.addr, t.Err())
@@ -329,6 +325,27 @@ func (p *pool) connectOnce(ctx context.Context, limits xds.HTTP2) (*outTunnel, t
 		go t.Close()
 		return nil, 0, context.Cause(ctx)
 	}
+}
+
+// keepAccount has the engine know t for as long as it lives, also when no pool
+// holds it any more: a change of trust, and Close, must find it.
+func (e *Engine) keepAccount(t *outTunnel) {
+	gauge := e.metrics.tunnels.WithLabelValues("client")
+	gauge.Inc()
+	e.mu.Lock()
+	e.outbound[t] = struct{}{}
+	late := e.life.Err() != nil // Close has looked already, or will not
+	e.mu.Unlock()
+	e.work.Go(func() {
+		if late {
+			t.Close()
+		}
+		<-t.Done()
+		e.mu.Lock()
+		delete(e.outbound, t)
+		e.mu.Unlock()
+		gauge.Dec()
+	})
 }
 
 // because prefers the reason for which ctx ended to what it did to a dial.
@@ -355,13 +372,6 @@ func withTimeout(parent context.Context, c clock.Clock, d time.Duration) (contex
 		}
 	}()
 	return ctx, func() { cancel(context.Canceled) }
-}
-
-// snapshot is the tunnels that are open.
-func (p *pool) snapshot() []*outTunnel {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Clone(p.tunnels)
 }
 
 // close ends the pool and returns its tunnels, which are the caller's to close.
