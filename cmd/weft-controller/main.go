@@ -91,6 +91,7 @@ func (s *settings) wire(ctx context.Context, p *serve.Process) ([]serve.Task, er
 		return nil, serve.Usagef("%w", err)
 	}
 	p.Ready.Add("controller", c.Ready)
+	p.Ready.Add("etcd", c.StoreReady)
 	return []serve.Task{{Name: "controller", Run: c.Run}}, nil
 }
 

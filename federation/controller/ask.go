@@ -59,7 +59,7 @@ func (s *adminServer) Why(ctx context.Context, req *federationv1.WhyRequest) (*f
 	}
 	resp := &federationv1.WhyResponse{
 		Plan: federationv1.EncodePlan(plan), Predicted: true, World: now.World.Digest(),
-		PredictedBecause: fmt.Sprintf("the agent of cluster %s has not answered: %v", from, plainText(err)),
+		PredictedBecause: fmt.Sprintf("cluster %s has not answered: %s", from, plainText(err)),
 	}
 	if p := c.store.Presences()[from]; p != nil {
 		resp.Acked = p.GetStatus().GetAcked()
@@ -121,7 +121,7 @@ func (s *adminServer) Call(ctx context.Context, req *federationv1.CallRequest) (
 			return &federationv1.Answer{Answer: &federationv1.Answer_Call{Call: resp}}, err
 		})
 	if err != nil {
-		return nil, status.Errorf(codes.FailedPrecondition, "cluster %s cannot make the call: %v", from, plainText(err))
+		return nil, status.Errorf(codes.FailedPrecondition, "cluster %s has not made the call: %s", from, plainText(err))
 	}
 	if answer.GetCall() == nil {
 		return nil, status.Errorf(codes.Unimplemented, "the agent of cluster %s answered something else: is it of an older version?", from)

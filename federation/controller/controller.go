@@ -173,6 +173,16 @@ func (c *Controller) Ready(context.Context) error {
 	return nil
 }
 
+// StoreReady says why etcd cannot be used now, or nil. While it is away, agents
+// keep what they have, and are still sent what is known; nothing is written.
+func (c *Controller) StoreReady(ctx context.Context) error {
+	if err := c.Ready(ctx); err != nil {
+		return errors.New("the controller does not serve")
+	}
+	_, err := c.store.Leader(ctx, election)
+	return err
+}
+
 func (c *Controller) setPhase(phase string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -15,7 +15,9 @@ import (
 const (
 	election   = "leader"
 	leaderTick = 100 * time.Millisecond
-	sweepEvery = 10 * time.Minute
+	// leaderPause is how long the leader waits after a failure.
+	leaderPause = time.Second
+	sweepEvery  = 10 * time.Minute
 	// issuedKept is how long the journal keeps an identity past its end.
 	issuedKept = 24 * time.Hour
 )
@@ -68,13 +70,15 @@ func (c *Controller) lead(ctx context.Context, term *store.Term) error {
 	defer tick.Stop()
 	for {
 		changed := c.state.next()
+		pause := leaderTick
 		if err := l.work(ctx); err != nil {
 			if errors.Is(err, store.ErrNotLeader) || ctx.Err() != nil {
 				return err
 			}
 			c.log.WarnContext(ctx, "the leader's work is not done; trying again", "error", err)
+			pause, changed = leaderPause, nil
 		}
-		tick.Reset(leaderTick)
+		tick.Reset(pause)
 		select {
 		case <-tick.C():
 		case <-changed:

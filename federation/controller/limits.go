@@ -44,8 +44,9 @@ type limiters struct {
 	rate  rate.Limit
 	burst int
 
-	mu sync.Mutex
-	by map[string]*limiter
+	mu     sync.Mutex
+	by     map[string]*limiter
+	forgot time.Time
 }
 
 type limiter struct {
@@ -74,7 +75,13 @@ func (l *limiters) allow(source string, now time.Time) bool {
 	return one.AllowN(now, 1)
 }
 
+// forget drops quiet sources. It goes through all of them, so it does so once a
+// second at most.
 func (l *limiters) forget(now time.Time) {
+	if now.Sub(l.forgot) < time.Second {
+		return
+	}
+	l.forgot = now
 	for source, one := range l.by {
 		if now.Sub(one.used) > limiterForgets {
 			delete(l.by, source)

@@ -101,7 +101,11 @@ type relayTo struct {
 func relayToSocket(path string) (*relayTo, error) { return newRelayTo("unix", path) }
 
 func newRelayTo(network, peer string) (*relayTo, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	return newRelayAt("127.0.0.1:0", network, peer)
+}
+
+func newRelayAt(addr, network, peer string) (*relayTo, error) {
+	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -577,6 +581,23 @@ func (a *testAgent) ended() error {
 	a.t.Helper()
 	a.until("the end of the stream", func() bool { return a.err != nil })
 	return a.err
+}
+
+// isOver reports whether the stream has ended.
+func (a *testAgent) isOver() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.err != nil
+}
+
+// tryReport reports a full set, and says whether it was stored.
+func (a *testAgent) tryReport(records ...*federationv1.Record) bool {
+	a.mu.Lock()
+	n := len(a.results)
+	a.mu.Unlock()
+	a.send(&federationv1.SyncRequest{Message: &federationv1.SyncRequest_Report{Report: &federationv1.Report{FullBegin: true, FullEnd: true, Puts: records}}})
+	a.until("a result, or the end", func() bool { return len(a.results) > n || a.err != nil })
+	return !a.isOver()
 }
 
 func (a *testAgent) isFull() bool {

@@ -259,7 +259,7 @@ func (a *session) writeDamped(ctx context.Context) error {
 
 // clip shortens a hostile string for a message.
 func clip(s string) string {
-	const limit = 80
+	const limit = 200
 	if len(s) <= limit {
 		return s
 	}

@@ -449,7 +449,7 @@ func (a *session) ask(ctx context.Context, q *federationv1.Question) (*federatio
 			return nil, errNoAgent
 		}
 		if answer.GetError() != "" {
-			return nil, fmt.Errorf("the agent of cluster %s: %s", a.cluster, answer.GetError())
+			return nil, fmt.Errorf("its agent says: %s", clip(answer.GetError()))
 		}
 		return answer, nil
 	case <-ctx.Done():

@@ -285,3 +285,40 @@ func TestASlowStreamSkipsRevisions(t *testing.T) {
 		t.Errorf("it is sent %d records at revision %v", len(u.puts), u.revision)
 	}
 }
+
+// What a change costs follows from whom it concerns, not from how many records
+// and streams there are.
+func BenchmarkChange(b *testing.B) {
+	const clusters, records = 500, 20_000
+	for _, bb := range []struct {
+		name string
+		to   audience
+	}{
+		{"OneCluster", audience{owner: "c0"}},
+		{"TwoClusters", audience{owner: "c0", shared: true, visible: federation.Selector{Clusters: []federation.ClusterID{"c1"}}}},
+		{"Everyone", audience{everyone: true}},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			v := newViews()
+			for i := range records {
+				r := readinessRecord("c0", fmt.Sprintf("s%d", i), 1)
+				v.put(testEntry(b, r, bb.to))
+			}
+			streams := make([]*stream, clusters)
+			for i := range streams {
+				streams[i], _, _ = v.subscribe(federation.ClusterID(fmt.Sprintf("c%d", i)), "eu", federationv1.Sums{})
+			}
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				r := readinessRecord("c0", fmt.Sprintf("s%d", i%records), i)
+				v.apply(federation.Revision{Incarnation: "i", Number: int64(i)}, []change{{key: r.Key, entry: testEntry(b, r, bb.to)}})
+				for _, s := range streams {
+					if len(s.wake) > 0 {
+						<-s.wake
+						v.next(s)
+					}
+				}
+			}
+		})
+	}
+}
