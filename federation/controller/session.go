@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -513,16 +512,4 @@ func (s *sessions) of(c federation.ClusterID) *session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.by[c]
-}
-
-// names are the clusters whose sessions are here, sorted.
-func (s *sessions) names() []federation.ClusterID {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	out := make([]federation.ClusterID, 0, len(s.by))
-	for c := range s.by {
-		out = append(out, c)
-	}
-	slices.Sort(out)
-	return out
 }

@@ -2,7 +2,6 @@ package controller
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -254,8 +253,6 @@ func (s *state) all(kind federationv1.KeyKind) []federationv1.Fact {
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Values(s.facts[kind]))
 }
-
-var errNotReady = errors.New("the catalog is not read yet")
 
 // reached waits until the state includes a revision; the zero one is any.
 func (s *state) reached(ctx context.Context, rev federation.Revision) error {

@@ -142,7 +142,10 @@ func TestStreamsHoldTheirClustersView(t *testing.T) {
 	clusters := []federation.ClusterID{"eu-1", "eu-2", "us-1"}
 	regions := map[federation.ClusterID]string{"eu-1": "eu", "eu-2": "eu", "us-1": "us"}
 	audiences := []audience{
-		{everyone: true}, {owner: "eu-1"}, {owner: "us-1"}, {},
+		{everyone: true},
+		{owner: "eu-1"},
+		{owner: "us-1"},
+		{},
 		{owner: "us-1", shared: true, visible: federation.Selector{Clusters: []federation.ClusterID{"eu-1"}}},
 		{owner: "us-1", shared: true, visible: federation.Selector{Regions: []string{"eu"}}},
 	}
