@@ -175,7 +175,8 @@ func (a *Agent) start(ctx context.Context) error {
 	a.mesh = newMesh(a.who.TrustDomain, a.who.Cluster, a.log)
 	a.mesh.selfChanged, a.mesh.onFull = a.selfChanged, a.open
 	a.report.setThresholds(a.mesh.thresholds)
-	a.hosts = newHosts(a.clock, lookupIP, a.log, a.mesh.touchAll)
+	a.hosts = newHosts(a.clock, lookupIP, a.mesh.touchAll)
+	a.hosts.failing = a.unresolved
 	a.offering = newOffering(a.who.Cluster, a.log, a.mesh, a.report, a.findings, a.metrics)
 	a.offering.settled = a.open
 	a.checker = newChecker(a.clock, a.offering.checked)

@@ -78,41 +78,41 @@ func (o *offering) take(services map[federation.ServiceID]*service, policies map
 		}
 	}
 	report := make(map[string]*federationv1.Record)
-	for id, svc := range services {
+	for _, svc := range services {
 		if !svc.export {
 			continue
 		}
 		e := federationv1.ExportRecord(svc.offer(o.cluster))
 		report[e.GetKey()] = e
-		if ready := federationv1.ReadinessKey(federation.ExportID{Cluster: o.cluster, Service: id}).String(); o.reported[ready] {
-			report[ready] = o.readiness(svc)
-		}
 	}
 	for _, p := range policies {
 		r := federationv1.PolicyRecord(p)
 		report[r.GetKey()] = r
 	}
 	for key := range o.reported {
-		if report[key] == nil {
+		k, err := federationv1.ParseKey(key)
+		svc := services[k.Service]
+		counted := err == nil && k.Kind == federationv1.KindReadiness && svc != nil && svc.export
+		if report[key] == nil && !counted {
 			report[key] = nil // gone
+			delete(o.reported, key)
 		}
 	}
 	for key, r := range report {
-		o.reported[key] = r != nil
-		if r == nil {
-			delete(o.reported, key)
+		if r != nil {
+			o.reported[key] = true
 		}
 	}
 	o.mu.Unlock()
 	o.report.set(report)
+	o.findings.set("checks", o.failing())
 	o.recount()
 	return want
 }
 
-// readiness is the record of a service's readiness.
-func (o *offering) readiness(svc *service) *federationv1.Record {
-	r, _ := svc.readiness(func(k endpointKey) health { return o.health[k] })
-	return federationv1.ReadinessRecord(federation.ExportID{Cluster: o.cluster, Service: svc.id}, r)
+// readiness counts a service's endpoints by the outcomes so far.
+func (o *offering) readiness(svc *service) (federation.Readiness, bool) {
+	return svc.readiness(func(k endpointKey) health { return o.health[k] })
 }
 
 // recount counts every service, when the outcomes are sure.
@@ -158,14 +158,15 @@ func (o *offering) allSettled() bool {
 		if !svc.export {
 			continue
 		}
-		if _, settled := svc.readiness(func(k endpointKey) health { return o.health[k] }); !settled {
+		if _, settled := o.readiness(svc); !settled {
 			return false
 		}
 	}
 	return true
 }
 
-// count hands the readiness of services on.
+// count hands the readiness of services on. One with an endpoint whose first
+// check is still out is left as it was: it is counted when that has ended.
 func (o *offering) count(ids ...federation.ServiceID) {
 	o.mu.Lock()
 	defer o.mu.Unlock() // held to the end: what is handed on later must be newer
@@ -176,8 +177,12 @@ func (o *offering) count(ids ...federation.ServiceID) {
 		if !ok || !svc.export {
 			continue
 		}
-		counts[id], _ = svc.readiness(func(k endpointKey) health { return o.health[k] })
-		r := o.readiness(svc)
+		n, settled := o.readiness(svc)
+		if !settled {
+			continue
+		}
+		counts[id] = n
+		r := federationv1.ReadinessRecord(federation.ExportID{Cluster: o.cluster, Service: id}, n)
 		report[r.GetKey()] = r
 		o.reported[r.GetKey()] = true
 	}

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"log/slog"
 	"maps"
 	"net/netip"
 	"slices"
@@ -33,20 +32,26 @@ type lookupFunc func(ctx context.Context, host string) ([]netip.Addr, error)
 type hosts struct {
 	clock   clock.Clock
 	lookup  lookupFunc
-	log     *slog.Logger
 	changed func() // called without a lock held, after an answer has changed
+	// failing is called, without a lock held, with the names that do not resolve
+	// and why, after each attempt.
+	failing func(map[string]string)
 
 	wake chan struct{} // room for one: the wanted set has new names
 	mu   sync.Mutex
 	good map[string][]netip.Addr // sorted; also of restored answers
+	bad  map[string]string       // why a name does not resolve
 	want map[string]time.Time    // when each is due again
 }
 
-func newHosts(c clock.Clock, lookup lookupFunc, log *slog.Logger, changed func()) *hosts {
+func newHosts(c clock.Clock, lookup lookupFunc, changed func()) *hosts {
 	return &hosts{
-		clock: c, lookup: lookup, log: log, changed: changed,
-		wake: make(chan struct{}, 1),
+		clock: c, lookup: lookup, changed: changed,
+		wake:    make(chan struct{}, 1),
+		failing: func(map[string]string) {},
+
 		good: make(map[string][]netip.Addr),
+		bad:  make(map[string]string),
 		want: make(map[string]time.Time),
 	}
 }
@@ -64,6 +69,7 @@ func (h *hosts) set(names map[string]bool) {
 	}
 	maps.DeleteFunc(h.want, func(n string, _ time.Time) bool { return !names[n] })
 	maps.DeleteFunc(h.good, func(n string, _ []netip.Addr) bool { return !names[n] })
+	maps.DeleteFunc(h.bad, func(n, _ string) bool { return !names[n] })
 	if added {
 		raise(h.wake)
 	}
@@ -170,13 +176,15 @@ func (h *hosts) resolve(ctx context.Context, name string) {
 			wait = resolveEvery
 			changed = !slices.Equal(got, h.good[name])
 			h.good[name] = got
+			delete(h.bad, name)
+		} else if h.bad[name] = "no usable address"; err != nil {
+			h.bad[name] = err.Error()
 		}
 		h.want[name] = h.clock.Now().Add(jitter(wait, 0.2))
 	}
+	bad := maps.Clone(h.bad)
 	h.mu.Unlock()
-	if err != nil || len(got) == 0 {
-		h.log.Warn("a gateway's host name does not resolve: its last good addresses stay in use", "host", name, "error", err)
-	}
+	h.failing(bad)
 	if changed {
 		h.changed()
 	}

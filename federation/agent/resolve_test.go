@@ -32,7 +32,9 @@ func TestHostNamesKeepTheirLastGoodAnswer(t *testing.T) {
 				out = append(out, netip.MustParseAddr(a))
 			}
 			return out, fault
-		}, testLog(t), func() { changed++ })
+		}, func() { changed++ })
+		bad := 0
+		h.failing = func(b map[string]string) { bad = len(b) }
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); _ = h.run(ctx) }()
@@ -52,6 +54,9 @@ func TestHostNamesKeepTheirLastGoodAnswer(t *testing.T) {
 			}
 			if !slices.Equal(got, want) {
 				t.Fatalf("%s: %v, want %v", what, got, want)
+			}
+			if fails := fault != nil || len(answer) == 0 || answer[0] == "0.0.0.0"; len(want) > 0 && fails != (bad == 1) {
+				t.Fatalf("%s: %d names are told to fail", what, bad)
 			}
 		}
 		fault = errors.New("no such host")
@@ -97,7 +102,7 @@ func TestHostNamesThatHang(t *testing.T) {
 				return nil, ctx.Err()
 			}
 			return []netip.Addr{netip.MustParseAddr("10.0.0.1")}, nil
-		}, testLog(t), func() {})
+		}, func() {})
 		want := map[string]bool{"good.example": true}
 		for i := range 3 * resolveAtOnce {
 			want[fmt.Sprintf("bad-%d.example", i)] = true
@@ -119,7 +124,7 @@ func TestHostNamesThatHang(t *testing.T) {
 // A backend whose gateways have no known address leaves its share to the
 // others, and the shares still add up.
 func TestUnresolvedGatewaysAreLeftOut(t *testing.T) {
-	h := newHosts(clock.Real(), nil, testLog(t), func() {})
+	h := newHosts(clock.Real(), nil, func() {})
 	h.restore(map[string][]string{"good.example": {"10.0.0.2", "10.0.0.1"}})
 	d := &driver{hosts: h}
 	backend := func(c federation.ClusterID, share federation.PerMille, host string) federation.Backend {

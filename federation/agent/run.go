@@ -174,3 +174,13 @@ func subjectName(k federationv1.Key) string {
 	}
 	return k.Export().String()
 }
+
+// unresolved keeps gateways' host names that do not resolve as findings.
+func (a *Agent) unresolved(names map[string]string) {
+	var list []federation.Finding
+	for name, why := range names {
+		list = append(list, federation.NewFinding(federation.CodeGatewayUnresolved,
+			federation.Ref{Kind: "gateway", Name: name}, "%s: its last good addresses stay in use", why))
+	}
+	a.findings.set("names", list)
+}
