@@ -54,6 +54,10 @@ func (s *Stream) awaitInput() error {
 			return nil
 		}
 		if err != nil {
+			s.rmu.Lock()
+			s.read = true
+			s.rmu.Unlock()
+			signal(s.writable)
 			return err
 		}
 		if err := s.wait(s.readable, &s.readBy); err != nil {
@@ -191,10 +195,18 @@ func (s *Stream) send(p []byte, c *chunk) (n int, given bool, err error) {
 			t.mu.Unlock()
 			return 0, false, err
 		}
-		if n = t.allow(s, len(p)); n > 0 {
+		deaf := s.deaf
+		if deaf {
+			t.unqueue(s)
+		} else if n = t.allow(s, len(p)); n > 0 {
 			break
 		}
 		t.mu.Unlock()
+		if deaf {
+			if err := s.unheard(); err != nil {
+				return 0, false, err
+			}
+		}
 		if err := s.wait(s.writable, &s.writeBy); err != nil {
 			t.mu.Lock()
 			t.unqueue(s)
@@ -224,7 +236,10 @@ func (s *Stream) awaitWindow() (int, error) {
 	for {
 		t.mu.Lock()
 		err := s.writeErr()
-		n := min(int64(min(t.peerFrame, maxFrame)), s.sendWin)
+		n := int64(min(t.peerFrame, maxFrame))
+		if !s.deaf { // else only what there is to write fails, not the end
+			n = min(n, s.sendWin)
+		}
 		t.mu.Unlock()
 		if err != nil {
 			return 0, err

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -447,4 +448,76 @@ func TestPeerLimitsAreObeyed(t *testing.T) {
 	})
 	r.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 100000})
 	frames(100000)
+}
+
+// TestAnswerBeforeTheServerWantsNoMore: a server that has sent its whole answer
+// and then resets the stream with NO_ERROR has answered.
+func TestAnswerBeforeTheServerWantsNoMore(t *testing.T) {
+	open := func(t *testing.T) *Stream {
+		r, client := hostileServer(t)
+		r.WriteSettings()
+		asked := make(chan struct{})
+		go func() {
+			defer close(asked)
+			r.until("the request", func(f http2.Frame) bool { _, ok := f.(*http2.MetaHeadersFrame); return ok })
+			r.headers(1, ":status", "200")
+			r.WriteData(1, true, []byte("answer"))
+			r.WriteRSTStream(1, http2.ErrCodeNo)
+			r.WritePing(false, [8]byte{1})
+			r.until("PING answer", func(f http2.Frame) bool { _, ok := f.(*http2.PingFrame); return ok })
+		}()
+		s, _, err := client.Open(t.Context(), Request{Authority: "x"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		within(t, "the reset", asked)
+		if err := s.Context().Err(); err != nil {
+			t.Errorf("the stream is broken: %v", context.Cause(s.Context()))
+		}
+		return s
+	}
+	t.Run("read, then close", func(t *testing.T) {
+		s := open(t)
+		got, err := io.ReadAll(s)
+		if string(got) != "answer" || err != nil {
+			t.Errorf("read %q, %v", got, err)
+		}
+		if err := s.CloseWrite(); err != nil {
+			t.Errorf("CloseWrite: %v", err)
+		}
+	})
+	t.Run("a copy of nothing", func(t *testing.T) {
+		s := open(t)
+		if n, err := s.ReadFrom(strings.NewReader("")); n != 0 || err != nil {
+			t.Errorf("ReadFrom: %d, %v", n, err)
+		}
+	})
+	t.Run("write", func(t *testing.T) {
+		s := open(t)
+		wrote := make(chan struct{})
+		go func() {
+			defer close(wrote)
+			var reset *ResetError
+			if _, err := s.Write([]byte("more")); !errors.As(err, &reset) || !reset.Remote {
+				t.Errorf("Write: %v", err)
+			}
+		}()
+		if got, err := io.ReadAll(s); string(got) != "answer" || err != nil {
+			t.Errorf("read %q, %v", got, err)
+		}
+		within(t, "the end of the write", wrote)
+		within(t, "the end of the stream", s.Context().Done())
+	})
+	t.Run("write, then close", func(t *testing.T) {
+		s := open(t)
+		wrote := make(chan struct{})
+		go func() {
+			defer close(wrote)
+			if _, err := s.Write([]byte("more")); err == nil {
+				t.Error("Write to nobody succeeded")
+			}
+		}()
+		s.Close()
+		within(t, "the end of the write", wrote)
+	})
 }

@@ -342,8 +342,16 @@ func (t *Tunnel) onReset(f *http2.RSTStreamFrame) error {
 	t.mu.Lock()
 	early := t.handler != nil && !s.answered
 	t.remove(s)
+	// A server that has sent its whole answer may say so that it wants no more
+	// (RFC 9113, 8.1): the answer counts. Envoy does when its backend has closed.
+	s.deaf = t.handler == nil && s.recvDone && f.ErrCode == http2.ErrCodeNo
+	deaf := s.deaf
 	t.mu.Unlock()
-	s.end(&ResetError{Code: f.ErrCode, Remote: true}, false)
+	if deaf {
+		signal(s.writable)
+	} else {
+		s.end(&ResetError{Code: f.ErrCode, Remote: true}, false)
+	}
 	t.settle()
 	if early {
 		return t.resets.spend(f.Type)

@@ -29,6 +29,7 @@ type Stream struct {
 	sendWin  int64
 	sendDone bool  // END_STREAM is queued
 	recvDone bool  // END_STREAM has come
+	deaf     bool  // client: the server has said all, and takes nothing more
 	sendErr  error // why nothing can be written any more
 	answered bool  // the response has come, or has been sent
 	response Response
@@ -49,6 +50,7 @@ type Stream struct {
 	recvWin  int // what the peer may still send
 	credit   int // taken by the reader, not yet returned
 	recvErr  error
+	read     bool // the reader has been told recvErr
 	bytesIn  atomic.Uint64
 	bytesOut atomic.Uint64
 }
@@ -288,6 +290,21 @@ func (s *Stream) peerEnded() {
 	}
 }
 
+// unheard is why a write to a server that takes nothing more fails, once its
+// answer has been read to the end: an error before would have the caller drop
+// what it has not read yet. It is nil until then.
+func (s *Stream) unheard() error {
+	s.rmu.Lock()
+	read := s.read
+	s.rmu.Unlock()
+	if !read {
+		return nil
+	}
+	err := &ResetError{Code: http2.ErrCodeNo, Remote: true}
+	s.end(err, false)
+	return err
+}
+
 func (s *Stream) stopReading(err error, drop bool) {
 	s.rmu.Lock()
 	if s.recvErr == nil || drop {
@@ -365,7 +382,7 @@ func (s *Stream) CloseWrite() error {
 	defer s.writing.Unlock()
 	t := s.t
 	t.mu.Lock()
-	if s.sendErr != nil || s.sendDone {
+	if s.sendErr != nil || s.sendDone || s.deaf {
 		defer t.mu.Unlock()
 		return s.sendErr
 	}
