@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -24,6 +27,9 @@ type ClusterSpec struct {
 	// Proxies are the sidecars to run: one for each address HOST:PORT, with the
 	// service account "namespace/name" that it stands for.
 	Proxies []ProxySpec
+	// Envoy is the program of an Envoy that stands in the gateway's place; empty
+	// leaves it to the built-in engine.
+	Envoy string
 	// Agent adds to the agent's settings.
 	Agent map[string]any
 }
@@ -43,6 +49,7 @@ type Cluster struct {
 	Source  string
 	Agent   *Process
 	Gateway *Process
+	Envoy   *Process // nil where the gateway has the built-in engine
 	Proxies map[string]*Process
 
 	lab  *Lab
@@ -97,7 +104,7 @@ func (l *Lab) AddCluster(ctx context.Context, spec ClusterSpec, services map[str
 	if err := c.startAgent(ctx, spec, registered.Token.Token, registered.Token.CaHash); err != nil {
 		return nil, err
 	}
-	if err := c.startGateway(spec); err != nil {
+	if err := c.startGateway(ctx, spec); err != nil {
 		return nil, err
 	}
 	for _, p := range spec.Proxies {
@@ -155,17 +162,59 @@ func (c *Cluster) startAgent(ctx context.Context, spec ClusterSpec, token, caHas
 	return c.Agent.Ready(ctx)
 }
 
-func (c *Cluster) startGateway(spec ClusterSpec) error {
+func (c *Cluster) startGateway(ctx context.Context, spec ClusterSpec) error {
 	admin := c.Addr(1, AdminPort)
-	config, err := c.lab.writeConfig(c.Name+"/gateway", map[string]any{
+	settings := map[string]any{
 		"agent": "unix:" + c.Socket("gateway"), "name": spec.Name + "-gateway", "state-dir": c.lab.path(c.Name, "gateway"),
 		"admin": admin, "log-format": "json", "access-log": c.AccessLog(),
-	})
+	}
+	bootstrap := c.lab.path(c.Name, "envoy.json")
+	if spec.Envoy != "" {
+		maps.Copy(settings, map[string]any{"engine": "external", "sds-socket": c.lab.path(c.Name, "sds.sock"), "bootstrap": bootstrap})
+	}
+	config, err := c.lab.writeConfig(c.Name+"/gateway", settings)
 	if err != nil {
 		return err
 	}
 	c.Gateway = c.lab.process(c.Name+"/gateway", progGateway, admin, "--config", config)
-	return c.Gateway.Start()
+	if err := c.Gateway.Start(); err != nil || spec.Envoy == "" {
+		return err
+	}
+	ctx, cancel := within(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		if _, err := os.Stat(bootstrap); err == nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s writes no bootstrap:\n%s", c.Gateway.Name, c.Gateway.Tail(15))
+		case <-time.After(25 * time.Millisecond):
+		}
+	}
+	c.Envoy, err = c.Run("envoy", spec.Envoy, "--config-path", bootstrap,
+		"--disable-hot-restart", "--concurrency", "1", "--log-level", "warning", "--file-flush-interval-msec", "100")
+	return err
+}
+
+// EnvoyAdmin asks the admin interface of the Envoy in the gateway's place.
+func (c *Cluster) EnvoyAdmin(ctx context.Context, path string) (string, error) {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", c.lab.path(c.Name, "sds-admin.sock"))
+	}}
+	defer transport.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, http.NoBody)
+	if err != nil {
+		return "", err
+	}
+	resp, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	return string(body), err
 }
 
 // AccessLog is the file with the gateway's access log, one JSON object a line.

@@ -42,7 +42,7 @@ func (p *Process) attachOnce(ctx context.Context, w *self) error {
 		return err
 	}
 	if err := stream.Send(&federationv1.AttachRequest{Message: &federationv1.AttachRequest_Hello{Hello: &federationv1.ProxyHello{
-		Name: p.config.Name, Engine: "built-in", Version: p.config.Version,
+		Name: p.config.Name, Engine: p.config.Engine, Version: p.config.Version,
 	}}}); err != nil {
 		return err
 	}
@@ -84,13 +84,17 @@ func (p *Process) attachOnce(ctx context.Context, w *self) error {
 
 // report is what the engine sees now.
 func report(w *self) *federationv1.ProxyReport {
-	r := &federationv1.ProxyReport{OpenConnections: uint64(max(0, w.engine.Connections())), Address: w.engine.Address()}
+	r := &federationv1.ProxyReport{}
 	if svid, err := w.source.GetX509SVID(); err == nil {
 		r.SvidExpires = timestamppb.New(svid.Certificates[0].NotAfter)
 	}
 	if b := w.source.Bundle(); b != nil {
 		r.BundleSequence = b.Sequence()
 	}
+	if w.engine == nil { // an external one tells nobody what it sees
+		return r
+	}
+	r.OpenConnections, r.Address = uint64(max(0, w.engine.Connections())), w.engine.Address()
 	for _, probe := range w.engine.Probes() {
 		peer := &federationv1.Peer{
 			Cluster: string(probe.Cluster), Address: probe.Address.String(), Probe: federationv1.Probe_PROBE_SILENT,
@@ -149,7 +153,9 @@ func (p *Process) believe(w *self, u *federationv1.BundleUpdate) {
 		denials = append(denials, identity.Denial{Cluster: d.Cluster, Generation: d.Generation})
 	}
 	w.denials.Replace(denials)
-	w.engine.Recheck()
+	if w.engine != nil {
+		w.engine.Recheck()
+	}
 }
 
 // record passes a connection's record on: to the access log, and to the agent

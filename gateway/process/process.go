@@ -35,6 +35,11 @@ type Config struct {
 	Agent    string
 	Name     string // in the agent's status; no identity
 	StateDir string // for key and SVID; this process's own
+	// Engine is BuiltIn, as it is if empty, or External.
+	Engine string
+	// SDSSocket and Bootstrap are for an external engine: the unix socket on
+	// which it gets key and SVID, and the file that it is to be started with.
+	SDSSocket, Bootstrap string
 	// Drain is how long open connections may go on after Run's context ended.
 	Drain time.Duration
 
@@ -49,6 +54,7 @@ type Config struct {
 type Process struct {
 	config Config
 	conn   *grpc.ClientConn
+	beside *beside // of an external engine; nil with the built-in one
 	// who is nil until the identity is known and has an SVID.
 	who atomic.Pointer[self]
 
@@ -63,8 +69,11 @@ type self struct {
 	source   *identity.Source
 	denials  *identity.Denials
 	verifier *identity.Verifier
-	engine   *gateway.Engine
-	client   *xds.Client
+	// The built-in engine and its configuration, or what serves the key to the
+	// external one; the others are nil.
+	engine *gateway.Engine
+	client *xds.Client
+	leaf   *xds.LeafServer
 }
 
 const (
@@ -86,6 +95,21 @@ func New(c Config) (*Process, error) {
 	if c.Name == "" {
 		return nil, errors.New("no name for the agent's status")
 	}
+	var outside *beside
+	switch c.Engine {
+	case "", BuiltIn:
+		if c.SDSSocket != "" || c.Bootstrap != "" {
+			return nil, errors.New("--sds-socket and --bootstrap are for an external engine: leave them out, or add --engine external")
+		}
+		c.Engine = BuiltIn
+	case External:
+		var err error
+		if outside, err = newBeside(path, &c); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, fmt.Errorf("--engine %q: there are %s and %s", c.Engine, BuiltIn, External)
+	}
 	// A unix socket carries no credential of its own: who may open it is the
 	// file system's to say.
 	conn, err := grpc.NewClient("unix:"+path,
@@ -100,7 +124,7 @@ func New(c Config) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Process{config: c, conn: conn, traces: map[string]bool{}, send: make(chan *federationv1.AttachRequest, 256)}, nil
+	return &Process{config: c, conn: conn, beside: outside, traces: map[string]bool{}, send: make(chan *federationv1.AttachRequest, 256)}, nil
 }
 
 // Ready says what is missing until the process carries traffic.
@@ -109,16 +133,24 @@ func (p *Process) Ready(context.Context) error {
 	if w == nil {
 		return fmt.Errorf("no identity yet: is the agent at %s up, and its controller, for the first SVID?", p.config.Agent)
 	}
-	select {
-	case <-w.client.Ready():
-	default:
-		return fmt.Errorf("no configuration from the agent at %s yet", p.config.Agent)
+	if w.engine == nil {
+		if err := w.engineReady(p.beside); err != nil {
+			return err
+		}
+	} else {
+		select {
+		case <-w.client.Ready():
+		default:
+			return fmt.Errorf("no configuration from the agent at %s yet", p.config.Agent)
+		}
 	}
 	_, err := w.source.GetX509SVID()
 	return err
 }
 
-// Run works until ctx ends; then the engine drains within Config.Drain.
+// Run works until ctx ends; then the built-in engine drains within
+// Config.Drain. An external engine goes on: it has its key and what the agent
+// serves.
 func (p *Process) Run(ctx context.Context) error {
 	defer p.conn.Close()
 	if err := os.MkdirAll(p.config.StateDir, 0o700); err != nil {
@@ -141,7 +173,7 @@ func (p *Process) Run(ctx context.Context) error {
 	wg.Go(func() { _ = w.source.Run(work) })
 	wg.Go(func() { p.attach(work, w) })
 	wg.Go(func() {
-		if err := w.client.Run(work); err != nil && work.Err() == nil {
+		if err := p.drive(work, w); err != nil && work.Err() == nil {
 			failed <- err
 		}
 	})
@@ -149,8 +181,18 @@ func (p *Process) Run(ctx context.Context) error {
 	case <-ctx.Done():
 	case err = <-failed:
 	}
-	p.drain(w.engine)
+	if w.engine != nil {
+		p.drain(w.engine)
+	}
 	return err
+}
+
+// drive serves the engine with what it needs, until ctx ends.
+func (p *Process) drive(ctx context.Context, w *self) error {
+	if w.engine == nil {
+		return p.serveLeaf(ctx, w)
+	}
+	return w.client.Run(ctx)
 }
 
 // drain lets open connections end, and names those that did not.
@@ -292,6 +334,10 @@ func (p *Process) newSelf(id spiffeid.ID, region string, state *identity.StateFi
 	w.verifier = identity.NewVerifier(identity.VerifierConfig{
 		Clock: p.config.Clock, Mesh: w.source, Denials: w.denials, Metrics: p.config.Metrics,
 	})
+	if p.config.Engine == External {
+		w.leaf = xds.NewLeafServer(w.source, p.config.Clock, p.config.Log)
+		return w, nil
+	}
 	w.engine, err = gateway.New(gateway.Config{
 		Cluster: subject.Cluster, SVID: w.source, Verifier: w.verifier,
 		Clock: p.config.Clock, Log: p.config.Log, Access: p.record, Metrics: p.config.Metrics,

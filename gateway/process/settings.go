@@ -13,6 +13,7 @@ import (
 // Settings are the flags that weft-gateway and weft-proxy share.
 type Settings struct {
 	agent, name, stateDir, accessLog string
+	engine, sdsSocket, bootstrap     string
 	drain                            time.Duration
 }
 
@@ -27,6 +28,9 @@ func Define(f *flag.FlagSet, program string) *Settings {
 	f.StringVar(&s.name, "name", host, "`name` in the agent's status")
 	f.StringVar(&s.stateDir, "state-dir", "", "`folder` for key and SVID, this process's alone")
 	f.StringVar(&s.accessLog, "access-log", "-", "`file` for one JSON line per cross-cluster connection; - is stderr, empty is none")
+	f.StringVar(&s.engine, "engine", BuiltIn, "who carries the traffic: built-in, or external, an Envoy that others start with --bootstrap")
+	f.StringVar(&s.sdsSocket, "sds-socket", "", "unix socket, a `path`, on which an external engine gets key and SVID; its admin interface will be beside it, with -admin in the name")
+	f.StringVar(&s.bootstrap, "bootstrap", "", "`file` to write, *.json, with which an external engine is to be started")
 	f.DurationVar(&s.drain, "drain-connections", 15*time.Second, "how long open connections may go on after SIGTERM; less than --drain-timeout")
 	return s
 }
@@ -35,11 +39,12 @@ func Define(f *flag.FlagSet, program string) *Settings {
 // Run.
 func (s *Settings) Apply(c *Config) (closeLog func() error, err error) {
 	c.Agent, c.Name, c.StateDir, c.Drain = s.agent, s.name, s.stateDir, s.drain
+	c.Engine, c.SDSSocket, c.Bootstrap = s.engine, s.sdsSocket, s.bootstrap
 	closeLog = func() error { return nil }
-	switch s.accessLog {
-	case "":
+	switch {
+	case s.accessLog == "", s.engine == External: // an external engine writes its own
 		return closeLog, nil
-	case "-":
+	case s.accessLog == "-":
 		c.Access = gateway.LogAccess(c.Log)
 		return closeLog, nil
 	}
