@@ -331,7 +331,8 @@ func gatewayHosts(c *federation.Catalog) map[string]bool {
 }
 
 // persister writes the last good state behind changes: at most once in
-// saveEvery, and once more at the end.
+// saveEvery, and once more at the end. A state so large that a write takes long
+// is written less often, so that writing takes a tenth of a core at most.
 type persister struct {
 	clock   clock.Clock
 	dirty   <-chan struct{}
@@ -349,8 +350,9 @@ func (p *persister) run(ctx context.Context) {
 			return
 		case <-p.dirty:
 		}
+		began := p.clock.Now()
 		p.failing(p.save())
-		if clock.Sleep(ctx, p.clock, saveEvery) != nil {
+		if clock.Sleep(ctx, p.clock, max(saveEvery, 9*clock.Since(p.clock, began))) != nil {
 			continue // the end's write is next
 		}
 	}
