@@ -64,7 +64,9 @@ type Engine struct {
 	pools     map[poolKey]*pool
 	inbound   map[*inbound]struct{}
 	outbound  map[*outTunnel]struct{}
-	open      map[*Record]struct{} // connections under way
+	open      map[*Record]struct{} // connections under way; what is in them is their own goroutine's
+	cutting   bool                 // a drain's deadline has passed
+	cut       []Record             // that ended by it
 
 	// life ends everything that still runs, with the reason as its cause.
 	life context.Context
@@ -231,13 +233,15 @@ func (e *Engine) Drain(ctx context.Context) []Record {
 		}
 	}
 	e.mu.Lock()
-	var left []Record
-	for r := range e.open {
-		left = append(left, *r)
-	}
+	e.cutting = true
 	e.mu.Unlock()
 	e.end(ErrDrained)
-	return left
+	for e.count() > 0 { // each ends by itself now, and writes its record
+		_ = clock.Sleep(context.Background(), e.clock, time.Millisecond)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.cut
 }
 
 // count is how many connections are open.

@@ -321,8 +321,9 @@ func TestDrain(t *testing.T) {
 	if b, err := io.ReadAll(first); len(b) != 0 || err != nil {
 		t.Errorf("its end: %q, %v", b, err)
 	}
+	eventually(t, "only one is left", func() bool { return b.Connections() == 1 })
 	deadline()
-	if cut := <-left; len(cut) != 1 || cut[0].Service != payments {
+	if cut := <-left; len(cut) != 1 || cut[0].Service != payments || cut[0].End != "drain deadline" || cut[0].Received == 0 {
 		t.Errorf("cut at the deadline: %+v", cut)
 	}
 	if got, err := line(second); err == nil || err == io.EOF {

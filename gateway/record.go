@@ -109,6 +109,9 @@ func (e *Engine) finish(r *Record) {
 	r.Duration = e.clock.Now().Sub(r.Start)
 	e.mu.Lock()
 	delete(e.open, r)
+	if e.cutting {
+		e.cut = append(e.cut, *r)
+	}
 	e.mu.Unlock()
 	e.metrics.ended(r)
 	e.cfg.Access(*r)
