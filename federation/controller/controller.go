@@ -396,8 +396,8 @@ func (c *Controller) newServer() *grpc.Server {
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(1000),
 		grpc.MaxHeaderListSize(16<<10),
-		// A dead agent's session ends in 5 s: its liveness counts from then.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 3 * time.Second, Timeout: 2 * time.Second}),
+		// A dead agent's session ends within 8 s: its silence counts from then.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 4 * time.Second, Timeout: 4 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 	)
 	federationv1.RegisterEnrollServer(server, &enrollServer{c: c})

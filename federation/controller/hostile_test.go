@@ -256,6 +256,7 @@ func TestALostKeyIsOfNoUse(t *testing.T) {
 
 // An agent whose SVID has expired renews by its key.
 func TestAnExpiredAgentRenews(t *testing.T) {
+	t.Parallel()
 	clk := clock.Scaled(40, 0)
 	m := newTestMesh(t, clk)
 	cfg := m.config("one")

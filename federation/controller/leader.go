@@ -172,7 +172,8 @@ func (l *leader) liveness(ctx context.Context, snap *snapshot, now time.Time) er
 			continue
 		}
 		members++
-		if present[m.Cluster] == nil {
+		// A session here counts though etcd may be too slow to show it.
+		if present[m.Cluster] == nil && l.c.sessions.of(m.Cluster) == nil {
 			absent[m.Cluster] = true
 		}
 	}

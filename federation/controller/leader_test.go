@@ -23,7 +23,8 @@ func silenceOf(a *testAgent, cluster string) time.Duration {
 // One cluster of three falls silent: it is suspect, then expired, and fresh
 // again when it is heard.
 func TestASilentClusterExpires(t *testing.T) {
-	clk := clock.Scaled(30, 0)
+	t.Parallel()
+	clk := clock.Scaled(20, 0)
 	m := newTestMesh(t, clk)
 	c := m.start("one")
 	creds := []*credential{m.join(c, "eu-1"), m.join(c, "eu-2"), m.join(c, "us-1")}
@@ -58,7 +59,8 @@ func TestASilentClusterExpires(t *testing.T) {
 
 // All but one fall silent at once: that is no reason to expire anybody.
 func TestAMeshThatFallsSilentDoesNotExpire(t *testing.T) {
-	clk := clock.Scaled(60, 0)
+	t.Parallel()
+	clk := clock.Scaled(20, 0)
 	m := newTestMesh(t, clk)
 	c := m.start("one")
 	var agents []*testAgent
@@ -71,7 +73,7 @@ func TestAMeshThatFallsSilentDoesNotExpire(t *testing.T) {
 	agents[1].cancel()
 	agents[2].cancel()
 	watcher.until("both are suspect", func() bool { return silenceOf(watcher, "eu-2") != 0 && silenceOf(watcher, "us-1") != 0 })
-	eventually(t, "long after they would have expired", func() bool { return clk.Now().Sub(left) > 3*federation.DefaultExpireAfter })
+	eventually(t, "long after they would have expired", func() bool { return clk.Now().Sub(left) > 3*federation.DefaultExpireAfter/2 })
 	watcher.mu.Lock()
 	defer watcher.mu.Unlock()
 	for _, name := range []string{"eu-2", "us-1"} {
@@ -83,7 +85,8 @@ func TestAMeshThatFallsSilentDoesNotExpire(t *testing.T) {
 
 // A new leader expires nobody sooner, and forgets no silence.
 func TestANewLeaderKeepsWhatIsKnown(t *testing.T) {
-	clk := clock.Scaled(30, 0)
+	t.Parallel()
+	clk := clock.Scaled(20, 0)
 	m := newTestMesh(t, clk)
 	one, two := m.start("one"), m.start("two")
 	for _, name := range []string{"eu-1", "eu-2"} {
@@ -115,6 +118,7 @@ func TestANewLeaderKeepsWhatIsKnown(t *testing.T) {
 }
 
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	c := m.start("one")
 	a, b := m.mustConnect(m.join(c, "eu-1"), c.Address(), nil), m.mustConnect(m.join(c, "eu-2"), c.Address(), nil)
@@ -218,6 +222,7 @@ func TestPolicies(t *testing.T) {
 
 // Readiness that nobody's plan depends on waits; a crossing does not.
 func TestReadinessIsDamped(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	c := m.start("one")
 	a := m.mustConnect(m.join(c, "eu-1"), c.Address(), nil)
@@ -256,6 +261,7 @@ func TestReadinessIsDamped(t *testing.T) {
 // Addresses are unique in a cluster, come back to their service, and go to no
 // other one for a day.
 func TestAddressesOutliveTheirServices(t *testing.T) {
+	t.Parallel()
 	clk := &jumpingClock{Clock: clock.Real()}
 	m := newTestMesh(t, clk)
 	c := m.start("one")
@@ -311,6 +317,7 @@ func (c *jumpingClock) jump(d time.Duration) { c.ahead.Add(int64(d)) }
 // Region authorities are replaced before their end, and what they have signed
 // goes on being accepted.
 func TestRegionAuthoritiesRotate(t *testing.T) {
+	t.Parallel()
 	clk := clock.Scaled(40, 0)
 	m := newTestMesh(t, clk)
 	cfg := m.config("one")

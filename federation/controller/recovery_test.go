@@ -15,6 +15,7 @@ import (
 // After a restore nothing is taken from anybody before every member has
 // reported.
 func TestARestoreTakesNothingAway(t *testing.T) {
+	t.Parallel()
 	clk := clock.Scaled(20, 0)
 	m := newTestMesh(t, clk)
 	c := m.start("one")
@@ -58,6 +59,7 @@ func TestARestoreTakesNothingAway(t *testing.T) {
 
 // A denial that the backup is too old to hold comes back from the agents.
 func TestARestoreForgetsNoDenial(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	c := m.start("one")
 	eu1 := m.join(c, "eu-1")

@@ -79,6 +79,7 @@ func TestTwoControllersAreOneMesh(t *testing.T) {
 
 // A session moves from a controller that dies to the other, and loses nothing.
 func TestEitherControllerMayDie(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	one, two := m.start("one"), m.start("two")
 	eu1, eu2 := m.join(one, "eu-1"), m.join(one, "eu-2")
@@ -144,6 +145,7 @@ func watchFor(a *testAgent, key string) (wasGone func() bool) {
 
 // A second connection of a cluster takes over, here or elsewhere.
 func TestASessionIsTakenOver(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	one, two := m.start("one"), m.start("two")
 	eu1 := m.join(one, "eu-1")
@@ -168,6 +170,7 @@ func TestASessionIsTakenOver(t *testing.T) {
 
 // Why and call are answered by the agent, wherever its session is.
 func TestAnAgentAnswersThroughEitherController(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	one, two := m.start("one"), m.start("two")
 	eu1 := m.join(one, "eu-1")

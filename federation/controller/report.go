@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/weftmesh/weft/federation"
+	"github.com/weftmesh/weft/federation/clock"
 	"github.com/weftmesh/weft/federation/store"
 	federationv1 "github.com/weftmesh/weft/federation/v1"
 )
@@ -85,6 +86,12 @@ func (a *session) report(ctx context.Context, r *federationv1.Report) (*federati
 		}
 		if !r.GetFullEnd() {
 			return &federationv1.ReportResult{Sequence: r.GetSequence()}, nil
+		}
+	}
+	now := a.c.cfg.Clock.Now()
+	if wait := a.pace.ReserveN(now, 1).DelayFrom(now); wait > 0 {
+		if err := clock.Sleep(ctx, a.c.cfg.Clock, wait); err != nil {
+			return nil, err
 		}
 	}
 	var (

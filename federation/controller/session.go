@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -26,6 +27,10 @@ const (
 	repliesWaiting  = 16               // to an agent that does not read; then its reports wait
 	messagesWaiting = 4
 	reportAttempts  = 5 // against a registration that keeps changing
+	// Reports that one cluster may have written: a flood of them is slowed down,
+	// so that it takes no more than its part of etcd.
+	reportsPerSecond = 100
+	reportsBurst     = 500
 )
 
 // syncServer serves agents' streams.
@@ -53,6 +58,7 @@ type session struct {
 	judge  *judge
 	damper *damper
 	set    *fullSet // between the begin and the end of a full set
+	pace   *rate.Limiter
 
 	mu       sync.Mutex
 	asked    map[uint64]chan *federationv1.Answer
@@ -160,7 +166,7 @@ func (c *Controller) openSession(ctx context.Context, stream federationv1.Sync_S
 		log: c.log.With("cluster", string(who.cluster()), "epoch", stored.Epoch(), "instance", instance),
 		out: make(chan any, repliesWaiting), taken: make(chan struct{}),
 		since: c.cfg.Clock.Now(), version: hello.GetAgentVersion(), name: instance,
-		damper: newDamper(), asked: map[uint64]chan *federationv1.Answer{},
+		damper: newDamper(), pace: rate.NewLimiter(reportsPerSecond, reportsBurst), asked: map[uint64]chan *federationv1.Answer{},
 	}
 	if err := a.reload(); err != nil {
 		stored.Close()

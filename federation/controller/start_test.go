@@ -21,6 +21,7 @@ import (
 
 // A controller that is started before its etcd waits for it, and says so.
 func TestEtcdMayStartLater(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	cfg := m.config("one")
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -101,6 +102,7 @@ func TestWrongConfigurations(t *testing.T) {
 // While etcd is away, what is known is still served, and nothing is lost: the
 // next session reports again.
 func TestEtcdMayGoAway(t *testing.T) {
+	t.Parallel()
 	m := newTestMesh(t, clock.Real())
 	cfg := m.config("one")
 	etcd.endpoint(t)
