@@ -64,6 +64,7 @@ type hub struct {
 	holdFull    bool // sessions get no full marker
 	streams     map[*hubStream]bool
 	answers     chan *federationv1.Answer
+	intercept   func(csr []byte) error // of an enrolment
 	refuse      func(*federationv1.Record) *federationv1.Finding
 	set         map[string]bool // keys of the full report under way
 }
@@ -197,7 +198,14 @@ func (h *hub) Enroll(_ context.Context, r *federationv1.EnrollRequest) (*federat
 	}
 	h.mu.Lock()
 	h.enrolments++
+	var lost error
+	if h.intercept != nil {
+		lost = h.intercept(r.GetCsr())
+	}
 	h.mu.Unlock()
+	if lost != nil {
+		return nil, lost
+	}
 	chain, err := h.sign(identity.TokenAsks(h.cluster), spiffeid.ID{}, r.GetCsr())
 	if err != nil {
 		return nil, err
@@ -578,4 +586,6 @@ func serviceYAML(name string, endpoints ...string) string {
 var payments = federation.ServiceID{Namespace: "shop", Name: "payments"}
 
 // metrics are some that nobody reads.
-func (h *hub) metrics() *metrics { return newMetrics(prometheus.NewRegistry()) }
+func (h *hub) metrics() *metrics { return newMetrics(h.registry()) }
+
+func (h *hub) registry() *prometheus.Registry { return prometheus.NewRegistry() }
