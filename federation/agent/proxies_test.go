@@ -392,10 +392,15 @@ func TestCallThroughTheMesh(t *testing.T) {
 				_, _ = conn.Write([]byte("HTTP/1.1 203 Fine\r\nContent-Length: 5\r\n\r\nhello"))
 				_, _ = conn.Read(make([]byte, 1)) // the caller closes
 				source := conn.RemoteAddr().String()
-				x.mu.Lock()
-				asked := slices.Contains(x.traces, source)
-				x.mu.Unlock()
-				if asked {
+				asked := func() bool {
+					x.mu.Lock()
+					defer x.mu.Unlock()
+					return slices.Contains(x.traces, source)
+				}
+				for !asked() && x.stream.Context().Err() == nil {
+					time.Sleep(time.Millisecond)
+				}
+				if asked() {
 					_ = x.stream.Send(&federationv1.AttachRequest{Message: &federationv1.AttachRequest_Access{
 						Access: &federationv1.Access{Source: source, Cluster: "eu-2", Peer: r.Host},
 					}})

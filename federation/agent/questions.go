@@ -28,6 +28,9 @@ const (
 	callMost    = time.Minute      // whatever the question names
 	callBody    = 4 << 10          // bytes of the answer that are shown
 	callHead    = 64 << 10         // bytes of the answer's head that are read
+	// callAsked is how long a connection stays open at least, so that the gateway
+	// has heard that its record is wanted before it ends.
+	callAsked = 50 * time.Millisecond
 	// callAccess is how long the gateway's record of the connection may take
 	// after its end.
 	callAccess = 2 * time.Second
@@ -178,6 +181,7 @@ func (a *Agent) request(ctx context.Context, to netip.AddrPort, host, path strin
 	defer stop()
 	access, asked, forget := a.proxies.trace(conn.LocalAddr().String())
 	defer forget()
+	askedAt := a.clock.Now()
 
 	req := &http.Request{
 		Method: http.MethodGet, Host: host, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -202,6 +206,9 @@ func (a *Agent) request(ctx context.Context, to netip.AddrPort, host, path strin
 			out.Error = checkError(ctx, err).Error()
 		}
 		_ = resp.Body.Close()
+	}
+	if asked > 0 {
+		_ = clock.Sleep(ctx, a.clock, callAsked-clock.Since(a.clock, askedAt))
 	}
 	_ = conn.Close() // the gateway's record is made at the connection's end
 	if asked > 0 {
