@@ -95,6 +95,11 @@ func (c *Config) check() error {
 		return fmt.Errorf("the address that others are told: %w", err)
 	}
 	c.Store.TrustDomain, c.Store.Clock, c.Store.Logger, c.Store.Metrics = c.TrustDomain, c.Clock, c.Log, c.Metrics
+	if c.Store.Dir != "" && c.Store.ElectionTTL == 0 {
+		// Nobody but this process's own predecessor can hold the office, and
+		// nothing lies between it and etcd.
+		c.Store.ElectionTTL = 5 * time.Second
+	}
 	if c.Store.ReuseAfter == 0 {
 		// The longest-lived old leaf, and an hour for clocks that differ.
 		c.Store.ReuseAfter = c.Lifetimes.Leaf + min(time.Hour, c.Lifetimes.Leaf)
