@@ -277,7 +277,7 @@ func (c *Controller) serve(ctx context.Context) error {
 	if err := c.firstCredential(ctx); err != nil {
 		return err
 	}
-	c.sessions = &sessions{store: c.store, by: map[federation.ClusterID]*session{}, count: func(n int) { c.metrics.sessions.Set(float64(n)) }}
+	c.sessions = &sessions{store: c.store, by: map[federation.ClusterID]*session{}, heard: map[federation.ClusterID]time.Time{}, count: func(n int) { c.metrics.sessions.Set(float64(n)) }}
 	c.relays = newRelays(c)
 	defer c.relays.close()
 	c.store.SetController(&federationv1.ControllerState{

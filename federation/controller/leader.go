@@ -18,6 +18,9 @@ const (
 	// leaderPause is how long the leader waits after a failure.
 	leaderPause = time.Second
 	sweepEvery  = 10 * time.Minute
+	// silenceNoticed is how long at most an agent has been silent when its session
+	// ends: the time between two statuses, and keepalive's.
+	silenceNoticed = 15 * time.Second
 	// issuedKept is how long the journal keeps an identity past its end.
 	issuedKept = 24 * time.Hour
 )
@@ -180,6 +183,11 @@ func (l *leader) liveness(ctx context.Context, snap *snapshot, now time.Time) er
 	for c := range absent {
 		if _, known := l.since[c]; !known {
 			l.since[c] = now
+			// Where the session was here, its agent fell silent before it ended.
+			// The bound keeps what a session of long ago has left behind out.
+			if heard, ok := l.c.sessions.lastHeard(c); ok && now.Sub(heard) < silenceNoticed {
+				l.since[c] = heard
+			}
 		}
 	}
 	for c := range l.since {

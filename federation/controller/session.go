@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"sync"
 	"time"
@@ -51,6 +52,7 @@ type session struct {
 	out     chan any // messages to the agent, in order; the sender's
 	taken   chan struct{}
 	since   time.Time
+	heard   time.Time // when the agent's last message came; run's own
 	version string
 	name    string // of the agent's process
 
@@ -165,7 +167,7 @@ func (c *Controller) openSession(ctx context.Context, stream federationv1.Sync_S
 		c: c, cluster: who.cluster(), caller: who, stream: stream, stored: stored,
 		log: c.log.With("cluster", string(who.cluster()), "epoch", stored.Epoch(), "instance", instance),
 		out: make(chan any, repliesWaiting), taken: make(chan struct{}),
-		since: c.cfg.Clock.Now(), version: hello.GetAgentVersion(), name: instance,
+		since: c.cfg.Clock.Now(), heard: c.cfg.Clock.Now(), version: hello.GetAgentVersion(), name: instance,
 		damper: newDamper(), pace: rate.NewLimiter(reportsPerSecond, reportsBurst), asked: map[uint64]chan *federationv1.Answer{},
 	}
 	if err := a.reload(); err != nil {
@@ -282,6 +284,7 @@ func (a *session) run(ctx context.Context, in <-chan *federationv1.SyncRequest, 
 		}
 		select {
 		case m := <-in:
+			a.heard = c.cfg.Clock.Now()
 			if err := a.handle(ctx, m); err != nil {
 				return end(err)
 			}
@@ -306,6 +309,9 @@ func (a *session) run(ctx context.Context, in <-chan *federationv1.SyncRequest, 
 		case <-c.draining:
 			return end(errStopping())
 		case err := <-received:
+			if errors.Is(err, io.EOF) { // the agent says good-bye
+				a.heard = c.cfg.Clock.Now()
+			}
 			return end(err)
 		case err := <-sent:
 			return end(err)
@@ -476,8 +482,9 @@ type sessions struct {
 	store *store.Store
 	count func(int)
 
-	mu sync.Mutex
-	by map[federation.ClusterID]*session
+	mu    sync.Mutex
+	by    map[federation.ClusterID]*session
+	heard map[federation.ClusterID]time.Time // by sessions that ended here
 }
 
 // add makes a the cluster's session; an older one of this controller ends.
@@ -501,7 +508,17 @@ func (s *sessions) remove(a *session) {
 	}
 	delete(s.by, a.cluster)
 	s.count(len(s.by))
+	s.heard[a.cluster] = a.heard
 	s.store.ClearPresence(a.cluster)
+}
+
+// lastHeard is when the agent of a session that ended here sent its last
+// message: a dead connection is noticed only some seconds later.
+func (s *sessions) lastHeard(c federation.ClusterID) (time.Time, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, ok := s.heard[c]
+	return t, ok
 }
 
 // show shows a's presence, unless a newer session's is to be shown.
