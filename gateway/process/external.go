@@ -68,6 +68,7 @@ func (b *beside) write(c *Config, role string) error {
 		return err
 	}
 	tmp := b.bootstrap + ".new"
+	//nolint:gosec // Envoy may run as another user of the group
 	if err := os.WriteFile(tmp, data, 0o640); err != nil {
 		return fmt.Errorf("--bootstrap: %w", err)
 	}
@@ -98,8 +99,11 @@ func (p *Process) serveLeaf(ctx context.Context, w *self) error {
 		select {
 		case <-ctx.Done():
 			server.Stop()
-			<-served
-			return os.Remove(p.beside.sds)
+			err := <-served // nil after Stop
+			if gone := os.Remove(p.beside.sds); !errors.Is(gone, fs.ErrNotExist) {
+				err = errors.Join(err, gone)
+			}
+			return err
 		case err := <-served:
 			return fmt.Errorf("--sds-socket %s: %w", p.beside.sds, err)
 		case <-updated:
