@@ -149,8 +149,8 @@ func (a *Agent) open() {
 func (a *Agent) reportDone(keys []string, refused []*federationv1.Finding) {
 	done := make(map[string]bool, len(keys))
 	for _, key := range keys {
-		// A finding that was taken says nothing about its subject.
-		if k, err := federationv1.ParseKey(key); err == nil && k.Kind != federationv1.KindFinding {
+		// A finding or readiness that was taken says nothing about its subject.
+		if k, err := federationv1.ParseKey(key); err == nil && k.Kind != federationv1.KindFinding && k.Kind != federationv1.KindReadiness {
 			done[subjectName(k)] = true
 		}
 	}
@@ -164,6 +164,17 @@ func (a *Agent) reportDone(keys []string, refused []*federationv1.Finding) {
 		}
 		kept = append(kept, f)
 	}
+	// An export that is refused has its readiness refused as well: the cause is
+	// told, not that.
+	caused := make(map[string]bool)
+	for _, f := range kept {
+		if f.Code != federation.CodeRecordRefused {
+			caused[f.Subject.Name] = true
+		}
+	}
+	kept = slices.DeleteFunc(kept, func(f federation.Finding) bool {
+		return f.Code == federation.CodeRecordRefused && caused[f.Subject.Name]
+	})
 	a.findings.set("refused", kept)
 }
 
