@@ -239,3 +239,12 @@ func Binaries(dir string, names ...string) (map[string]string, error) {
 	}
 	return found, nil
 }
+
+// Metrics is what the process tells Prometheus.
+func (p *Process) Metrics(ctx context.Context) (string, error) {
+	ok, text := p.ask(ctx, "/metrics")
+	if !ok {
+		return "", fmt.Errorf("%s shows no metrics: %s", p.Name, text)
+	}
+	return text, nil
+}
