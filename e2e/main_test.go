@@ -354,13 +354,16 @@ type traffic struct {
 	answers []answer
 }
 
-// load sends requests one after another, by four clients at once, until the
+// clients is how many send at once.
+const clients = 4
+
+// load sends requests one after another, by several clients at once, until the
 // test or end stops it.
 func (m *testMesh) load(address string) *traffic {
 	ctx, stop := context.WithCancel(context.Background())
 	tr := &traffic{m: m, stop: stop}
 	m.t.Cleanup(tr.end)
-	for range 4 {
+	for range clients {
 		tr.done.Go(func() {
 			for ctx.Err() == nil {
 				a := request(context.Background(), address)
