@@ -254,8 +254,10 @@ func (m *testMesh) token(cluster string, args ...string) (token, caHash string) 
 	var r struct {
 		Token struct{ Token, CaHash string }
 	}
-	args = append([]string{"cluster", "register", cluster, "--region", "eu", "--grant", "shop/*",
-		"--gateway", m.Addr(7, 1, lab.GatewayPort), "-o", "json"}, args...)
+	args = append([]string{
+		"cluster", "register", cluster, "--region", "eu", "--grant", "shop/*",
+		"--gateway", m.Addr(7, 1, lab.GatewayPort), "-o", "json",
+	}, args...)
 	m.check(json.Unmarshal([]byte(m.weft(args...)), &r))
 	return r.Token.Token, r.Token.CaHash
 }
