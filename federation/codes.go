@@ -46,6 +46,7 @@ const (
 	CodeFileTooLarge       Code = "WEFT2007"
 	CodePortOutOfRange     Code = "WEFT2008"
 	CodeHealthCheckFailing Code = "WEFT2009"
+	CodeSourceWithout      Code = "WEFT2010"
 
 	CodeControlLinkDown    Code = "WEFT3001"
 	CodeMemberSuspect      Code = "WEFT3002"
@@ -278,6 +279,11 @@ var documented = [...]Documentation{
 		CodeHealthCheckFailing, Warning, "endpoint fails its health check",
 		"The agent's health check of an endpoint fails. The endpoint takes no traffic until it succeeds.",
 		"look at the endpoint, then at the check", nil,
+	},
+	{
+		CodeSourceWithout, Info, "source holds no service",
+		"The agent's source holds no service, and has held none. The cluster's callers use the services of others; it offers none itself.",
+		"put a Service into the folder; if it is meant to be empty, put an empty file named .weft-empty beside", nil,
 	},
 
 	{

@@ -215,7 +215,11 @@ func (d *driver) imported(v *view, now scene, s federation.ServiceID) error {
 		listen = v.socket.Outbound[s]
 	}
 	var ports []uint16
+	var candidates []*federation.Export
 	if svc, ok := now.catalog.ServiceFrom(s, d.mesh.self); ok && listen.IsValid() {
+		for _, o := range svc.Offers {
+			candidates = append(candidates, o.Export)
+		}
 		for _, p := range svc.Ports {
 			if p.Protocol == federation.TCP {
 				ports = append(ports, p.Number)
@@ -226,7 +230,9 @@ func (d *driver) imported(v *view, now scene, s federation.ServiceID) error {
 	for _, port := range ports {
 		plan := now.catalog.PlanPort(s, port, d.caller(v, now), now.world)
 		d.metrics.plans.Inc()
-		err := v.builder.SetImport(xds.Import{Listen: netip.AddrPortFrom(listen, port), Plan: d.resolved(plan)})
+		err := v.builder.SetImport(xds.Import{
+			Listen: netip.AddrPortFrom(listen, port), Plan: d.resolved(plan), Candidates: candidates,
+		})
 		if err != nil {
 			failed = fmt.Errorf("port %d: %w", port, err)
 		}

@@ -137,6 +137,13 @@ func (s *source) load(dir string, r folderRead) {
 			next[idOf(d)] = s.object(d)
 		}
 	}
+	if documents == 0 && !r.confirmed && len(s.objects) == 0 {
+		// Not full all the same: an agent that has lost its memory with its mount
+		// must not withdraw what the controller remembers.
+		s.full = false
+		s.find(federation.CodeSourceWithout, "folder", dir, "no services in it, and none before")
+		return
+	}
 	if documents == 0 && !r.confirmed {
 		s.full = false
 		s.find(federation.CodeSourceEmptied, "folder", dir, "no services in it, and no file %s that says that this is meant: nothing is withdrawn, %d objects stay in use", emptyMarker, len(s.objects))

@@ -129,7 +129,7 @@ func TestDuplicateServices(t *testing.T) {
 // until somebody says that it is meant, or something comes back.
 func TestEmptiedFolderWithdrawsNothing(t *testing.T) {
 	f := newFolder(t)
-	f.expect("", federation.CodeSourceEmptied)
+	f.expect("", federation.CodeSourceWithout)
 	if f.full {
 		t.Fatal("a folder that was empty from the start is full")
 	}
