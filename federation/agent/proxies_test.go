@@ -116,6 +116,32 @@ func follow(t *testing.T, conn *grpc.ClientConn, node string, refuse func(*xds.U
 	return c
 }
 
+// A failover changes endpoints alone: how to authenticate a cluster is known to
+// the gateway whether the plan uses it at the moment or not.
+func TestFailoverKeepsTheTransports(t *testing.T) {
+	h := newHub(t, "eu-1")
+	h.remote("eu-2", payments, "10.0.0.2:15443", "127.9.0.1", 2)
+	h.remote("eu-3", payments, "10.0.0.3:15443", "127.9.0.1", 2)
+	c := h.config(t)
+	a := start(t, c)
+	eventually(t, "both serve", func() bool { return a.first(payments) == "eu-2,eu-3" })
+	client := follow(t, dialSocket(t, c.Sockets[0].Path), "gw", nil)
+	localities := func() (transports, used int) {
+		out := client.Config().Clusters["out/shop/payments/80"]
+		if out == nil {
+			return 0, 0
+		}
+		return len(out.TLS), len(out.Localities)
+	}
+	eventually(t, "the gateway has both", func() bool { _, used := localities(); return used == 2 })
+	before, _ := localities()
+	h.put(federationv1.ReadinessRecord(federation.ExportID{Cluster: "eu-2", Service: payments}, federation.Readiness{Ready: 0, Total: 2}))
+	eventually(t, "the gateway has one", func() bool { _, used := localities(); return used == 1 })
+	if after, _ := localities(); after != before || before < 2 {
+		t.Errorf("%d transports before the failover, %d after it", before, after)
+	}
+}
+
 // What gateways see moves traffic, whom to believe reaches them, and their
 // state reaches the controller.
 func TestGatewaysSeeAndBelieve(t *testing.T) {
