@@ -269,6 +269,14 @@ func TestDrainOnSIGTERM(t *testing.T) {
 
 	m.check(eu1.Gateway.Start())
 	m.check(eu1.Gateway.Ready(t.Context()))
+	// Ready is the first configuration; this service's listener may come after.
+	m.eventually("the gateway listens again", func() error {
+		probe, err := net.Dial("tcp", address)
+		if err == nil {
+			err = probe.Close()
+		}
+		return err
+	})
 	_, r = open()
 	m.check(eu1.Gateway.Signal(syscall.SIGTERM))
 	m.eventually("the gateway drains", func() error {
